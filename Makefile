@@ -1,0 +1,67 @@
+# Needs Python >= 3.10 and make; everything else is installed into .venv/, one environment for each purpose.
+#
+#   make test PYTHON=python3.12       another Python
+#   make test ARGS="-k memory -x"     more arguments for pytest (or for the quickstart)
+#   make quickstart CONSTRAINTS=      the newest versions of everything, instead of those that CI tests
+#
+# A CUDA build of torch: these environments pin torch's version, not its build. Where pip's configuration leads to a
+# CUDA build (on Linux, PyPI's own), they get it. To use an environment and a torch that you have already, leave make out:
+#
+#   pip install -e '.[examples]' && python examples/quickstart.py     # keeps an installed torch >= 2.6 as it is
+
+PYTHON ?= python3
+CONSTRAINTS ?= .ci/constraints.txt
+ARGS ?=
+
+TEST := .venv/test/bin/python
+QUICKSTART := .venv/quickstart/bin/python
+
+.PHONY: help quickstart test test-fast lint format clean FORCE
+.DELETE_ON_ERROR:
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## *\(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
+		printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+quickstart: .venv/quickstart.stamp  ## adapt a small frozen vision transformer to real images (3 minutes, no network)
+	$(QUICKSTART) examples/quickstart.py $(ARGS)
+
+test: .venv/test.stamp  ## run all tests, with coverage
+	$(TEST) -m pytest --cov $(ARGS)
+
+test-fast: .venv/test.stamp  ## run the tests that take seconds
+	$(TEST) -m pytest -m "not slow" $(ARGS)
+
+lint: .venv/test.stamp  ## check style, format and types
+	$(TEST) -m ruff check
+	$(TEST) -m ruff format --check
+	$(TEST) -m pyright --pythonpath $(TEST)
+
+format: .venv/test.stamp  ## put the code into the project's format
+	$(TEST) -m ruff check --fix
+	$(TEST) -m ruff format
+
+clean:  ## remove the environments and everything that tools left behind
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .coverage htmlcov build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An environment is made anew when its stamp is missing (no install ever came to its end), or when it was made for another
+# folder, Python or constraints file (its key differs). When only pyproject.toml or the constraints changed, it is updated.
+
+EXTRAS_test := dev
+EXTRAS_quickstart := examples
+KEY = $(CURDIR) $(PYTHON) $(CONSTRAINTS)
+ENVIRONMENTS := test quickstart
+
+$(ENVIRONMENTS:%=.venv/%.key): .venv/%.key: FORCE
+	@mkdir -p .venv
+	@{ test -x .venv/$*/bin/python && echo "$(KEY)" | cmp -s - $@; } || { rm -f .venv/$*.stamp && echo "$(KEY)" >$@; }
+
+$(ENVIRONMENTS:%=.venv/%.stamp): .venv/%.stamp: .venv/%.key pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit("memtune needs Python 3.10 or newer; $(PYTHON) is " + sys.version if sys.version_info < (3, 10) else 0)'
+	@echo "Setting up .venv/$* (the first time takes some minutes)"
+	@test -e $@ || $(PYTHON) -m venv --clear .venv/$*
+	@rm -f $@
+	.venv/$*/bin/python -m pip install --quiet --no-input --disable-pip-version-check \
+		$(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[$(EXTRAS_$*)]' </dev/null
+	@touch $@

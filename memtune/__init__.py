@@ -1,0 +1,11 @@
+"""memtune: small trained adapters for one frozen Hugging Face vision model and many tasks."""
+
+from .adapter import Adapter as Adapter
+from .adapter import AdapterConfig as AdapterConfig
+from .errors import MemtuneError as MemtuneError
+from .methods import MemoryConfig as MemoryConfig
+from .registry import register_method as register_method
+from .tuned import TunedModel as TunedModel
+from .tuned import wrap as wrap
+
+__version__ = "0.1.0"

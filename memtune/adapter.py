@@ -1,0 +1,99 @@
+"""What every method is made of: a configuration, and an adapter that owns its parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import nn
+
+from .backbones import Backbone, Block
+from .errors import ConfigError
+from .streams import AdaptedStream, TaskStream
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Settings of one method. Subclasses are frozen dataclasses that set `method` and add fields.
+
+    Args:
+        blocks: Indices of the blocks that the method changes, 0 for the first and -1 for the last; None for all.
+    """
+
+    method: ClassVar[str]
+
+    blocks: Sequence[int] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.blocks is None:
+            return
+        if isinstance(self.blocks, str) or not all(isinstance(index, int) for index in self.blocks):
+            raise ConfigError(
+                f"blocks: got {self.blocks!r}, expected a sequence of block indices or None for all blocks"
+            )
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+
+    def trains_class_token(self) -> bool:
+        """Whether the task gets a class token of its own in unmasked mode too (in masked mode every task has one)."""
+        return False
+
+    def select(self, backbone: Backbone) -> list[Block]:
+        """The blocks of a backbone that the method changes, in order.
+
+        Raises:
+            ConfigError: An index is outside the backbone, or named twice.
+        """
+        if self.blocks is None:
+            return backbone.blocks
+        outside = [index for index in self.blocks if not -backbone.depth <= index < backbone.depth]
+        if outside:
+            raise ConfigError(f"blocks: got {outside}, expected indices below the backbone's {backbone.depth} blocks")
+        chosen = sorted(index % backbone.depth for index in self.blocks)
+        if len(set(chosen)) < len(chosen):
+            raise ConfigError(f"blocks: got {list(self.blocks)}, which names a block twice")
+        return [backbone.blocks[index] for index in chosen]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON values, the method's name among them."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        return {"method": self.method} | values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AdapterConfig:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ConfigError: A name that the method does not have.
+        """
+        settings = {name: value for name, value in values.items() if name != "method"}
+        known = [each.name for each in dataclasses.fields(cls) if each.init]
+        if unknown := sorted(set(settings) - set(known)):
+            raise ConfigError(f"{cls.__name__}: got the unknown settings {unknown}; it has {known}")
+        return cls(**settings)
+
+
+ConfigT = TypeVar("ConfigT", bound=AdapterConfig)
+
+
+class Adapter(nn.Module, ABC, Generic[ConfigT]):
+    """One method's parameters on one backbone. The names of the parameters are roles, such as `blocks.3.memory`.
+
+    A subclass sets `config_class`, creates its parameters in `__init__` and puts them to work in `attach`.
+
+    Args:
+        config: The method's settings.
+        backbone: The backbone that is adapted; its shapes decide those of the parameters.
+    """
+
+    config_class: ClassVar[type[AdapterConfig]]
+
+    def __init__(self, config: ConfigT, backbone: Backbone) -> None:
+        super().__init__()
+        self.config: ConfigT = config
+
+    @abstractmethod
+    def attach(self, stream: AdaptedStream | TaskStream) -> None:
+        """Make a stream use this adapter by changing its view and its attention sites; the original stays as it is."""

@@ -1,0 +1,208 @@
+"""Hugging Face vision models seen as blocks and roles (their module names stand in `memtune.families`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .errors import UnsupportedBackboneError
+from .families import TOWERS, Family
+from .views import shadow
+
+
+def _descend(module: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The modules at a path in which `*` stands for every child."""
+    head, _, rest = path.partition(".")
+    for child in module.children() if head == "*" else [module.get_submodule(head)]:
+        yield from _descend(child, rest) if rest else [child]
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+
+
+class Block:
+    """One transformer block, its parts known by their roles."""
+
+    def __init__(self, index: int, module: nn.Module, paths: Mapping[str, str]) -> None:
+        self.index = index
+        self.module = module
+        self._paths = paths
+
+    def _path(self, role: str) -> str:
+        if role not in self._paths:
+            raise UnsupportedBackboneError(f"got the role {role!r}; the roles of a block are {sorted(self._paths)}")
+        for path in self._paths[role].split("|"):
+            parent, _, name = path.rpartition(".")
+            if name in self.module.get_submodule(parent)._modules:
+                return path
+        raise UnsupportedBackboneError(f"{type(self.module).__name__} has no module for the role {role!r}")
+
+    def __getitem__(self, role: str) -> Any:
+        return self.module.get_submodule(self._path(role))
+
+    def replace(self, role: str, module: nn.Module) -> None:
+        """Put `module` in a role. Only for blocks of a view: the change would show in the original model."""
+        parent, _, name = self._path(role).rpartition(".")
+        self.module.get_submodule(parent)._modules[name] = module
+
+    @property
+    def width(self) -> int:
+        """Width of the tokens."""
+        return self["norm1"].normalized_shape[0]
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self["attention"].head_dim
+
+    @property
+    def heads(self) -> int:
+        """Number of attention heads."""
+        return self["query"].out_features // self.head_width
+
+
+class Backbone:
+    """A supported Hugging Face vision model, or a view of one, as blocks and roles.
+
+    Attributes:
+        model: The model as it was given (with its own head, or two towers).
+        tower: The vision transformer inside it.
+        family: The row of `TOWERS` that describes the tower.
+        blocks: The tower's blocks in the order of computation.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise UnsupportedBackboneError(
+                f"got {type(model).__name__}, expected a transformers model with one of the towers {sorted(TOWERS)}"
+            )
+        self.model: PreTrainedModel = model
+        self.tower, self.family = self._find_tower(model)
+        modules = _descend(self.tower, self.family.blocks)
+        self.blocks = [Block(index, module, self.family.roles) for index, module in enumerate(modules)]
+
+    @staticmethod
+    def _find_tower(model: nn.Module) -> tuple[Any, Family]:
+        for module in model.modules():
+            for kind in type(module).__mro__:
+                if kind.__name__ in TOWERS:
+                    return module, TOWERS[kind.__name__]
+        raise UnsupportedBackboneError(
+            f"got {type(model).__name__}, which has no supported vision tower; supported towers: {sorted(TOWERS)}"
+        )
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the tower."""
+        return self.tower.config
+
+    @property
+    def width(self) -> int:
+        """Width of the features that a head reads (the last block's)."""
+        return self.blocks[-1].width
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+        return _pair(self.config.patch_size)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that the backbone was trained on."""
+        return _pair(self.config.image_size)
+
+    @property
+    def channels(self) -> int:
+        """Number of image channels."""
+        return self.config.num_channels
+
+    @property
+    def class_token(self) -> nn.Parameter | None:
+        """The class token before its position is added, or None."""
+        path = self.family.class_token
+        return None if path is None else self.tower.get_parameter(path)
+
+    def describe(self) -> dict[str, Any]:
+        """What must be equal for an adapter's shapes to fit, and for its numbers to mean the same."""
+        return {
+            "family": self.family.name,
+            "depth": self.depth,
+            "widths": sorted({block.width for block in self.blocks}),
+            "heads": sorted({block.heads for block in self.blocks}),
+            "patch_size": list(self.patch_size),
+            "image_size": list(self.image_size),
+            "channels": self.channels,
+        }
+
+    def parameters_by_role(self) -> Iterator[tuple[str, Tensor]]:
+        """The backbone's parameters under names that do not change between releases of transformers."""
+        patches = next(module for module in self.tower.embeddings.modules() if isinstance(module, nn.Conv2d))
+        yield from ((f"patches.{name}", parameter) for name, parameter in patches.named_parameters())
+        if self.class_token is not None:
+            yield "class_token", self.class_token
+        for block in self.blocks:
+            for role in ("norm1", "query", "key", "value", "out", "norm2", "fc1", "fc2"):
+                for name, parameter in block[role].named_parameters():
+                    yield f"blocks.{block.index}.{role}.{name}", parameter
+        yield from ((f"norm.{name}", value) for name, value in self.family.final_norm(self.tower).named_parameters())
+
+    def view(self) -> Backbone:
+        """A view of the whole model (see `memtune.views`), to be changed freely."""
+        view = Backbone(shadow(self.model))
+        view.family.prepare_view(view.tower)
+        return view
+
+    def start(self, class_token: Tensor) -> Tensor:
+        """The task token as it enters the first block.
+
+        Args:
+            class_token: The task's class token, of the shape of the backbone's, or (1, 1, width) where it has none.
+
+        Returns:
+            The token with the class token's position added and the tower's first norm applied, (1, 1, width).
+        """
+        token = self._positioned(class_token)
+        norm = self.family.first_norm
+        return token if norm is None else self.tower.get_submodule(norm)(token)
+
+    def _positioned(self, class_token: Tensor) -> Tensor:
+        token = class_token.view(1, 1, -1).to(self.blocks[0]["norm1"].weight.dtype)
+        position = self.family.class_position(self.tower) if self.family.class_token else None
+        return token if position is None else token + position
+
+    def set_class_token(self, class_token: Tensor) -> None:
+        """Let the tower use another class token. Only on a view."""
+        self.tower.embeddings.register_forward_hook(partial(self._replace_first, class_token))
+
+    def _replace_first(self, class_token: Tensor, module: nn.Module, args: Any, output: Any) -> Any:
+        tokens, *rest = output if isinstance(output, tuple) else (output,)  # (batch, tokens, width)
+        first = self._positioned(class_token).to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+        tokens = torch.cat([first, tokens[:, 1:]], dim=1)
+        return (tokens, *rest) if rest else tokens
+
+    def features(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any) -> Tensor:
+        """One pass of the tower: the feature that the backbone's own kind of head would read, (batch, width)."""
+        output = self.run_tower(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        return self.family.feature(self.tower, output)
+
+    def run_tower(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any) -> Any:
+        """The tower's own output for images (batch, channels, height, width)."""
+        arguments = self.family.tower_arguments(self.tower, pixel_values)
+        if not self.family.any_size:
+            arguments["interpolate_pos_encoding"] = interpolate_pos_encoding
+        return self.tower(pixel_values, **arguments, **kwargs)
+
+    def finish(self, token: Tensor) -> Tensor:
+        """The task token after the last block (batch, 1, width) as a feature for a head (batch, width)."""
+        return self.family.final_norm(self.tower)(token)[:, 0]

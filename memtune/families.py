@@ -1,0 +1,187 @@
+"""The role table: the only file that knows the module names of Hugging Face vision models.
+
+A *tower* is the transformer inside a model (`ViTModel` in `ViTForImageClassification`, `CLIPVisionModel` in
+`CLIPModel`). `TOWERS` has one row for each supported tower class; all other files speak of blocks and roles.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .views import shadow_config
+
+
+def _roles(
+    norm1: str, norm2: str, attention: str, out: str, fc1: str = "mlp.fc1", fc2: str = "mlp.fc2"
+) -> dict[str, str]:
+    """The paths of a block's roles; `a|b` stands for the first of the two that the block has."""
+    return {
+        "norm1": norm1,
+        "attention": attention,
+        "query": f"{attention}.q_proj",
+        "key": f"{attention}.k_proj",
+        "value": f"{attention}.v_proj",
+        "out": f"{attention}.{out}",
+        "norm2": norm2,
+        "fc1": fc1,
+        "fc2": fc2,
+    }
+
+
+_VIT = _roles("layernorm_before", "layernorm_after", "attention", "o_proj")
+_DINO = _roles("norm1", "norm2", "attention", "o_proj", "mlp.fc1|mlp.up_proj", "mlp.fc2|mlp.down_proj")
+_CLIP = _roles("layer_norm1", "layer_norm2", "self_attn", "out_proj")
+
+
+def _class_feature(tower: nn.Module, output: Any) -> Tensor:
+    return output.last_hidden_state[:, 0]
+
+
+def _mean_feature(tower: nn.Module, output: Any) -> Tensor:
+    return output.last_hidden_state.mean(dim=1)
+
+
+def _pooled_feature(tower: nn.Module, output: Any) -> Tensor:
+    return output.pooler_output
+
+
+def _swin_feature(tower: Any, output: Any) -> Tensor:
+    return output.pooler_output if tower.pooler is not None else output.last_hidden_state.mean(dim=1)
+
+
+def _beit_feature(tower: Any, output: Any) -> Tensor:
+    """BEiT pools as its own classifier does: the normed mean of the patches, or the class token."""
+    pooled = tower.config.use_mean_pooling and tower.pooler is not None
+    return output.pooler_output if pooled else output.last_hidden_state[:, 0]
+
+
+def _beit_norm(tower: Any) -> nn.Module:
+    pooler: Any = tower.pooler if tower.config.use_mean_pooling else None
+    return tower.layernorm if pooler is None else pooler.layernorm
+
+
+def _table_position(tower: Any) -> Tensor | None:
+    """The class token's row of a position table (1, tokens, width), or None where the tower has no table."""
+    table = tower.embeddings.position_embeddings
+    return None if table is None else table[:, :1]
+
+
+def _embedding_position(tower: Any) -> Tensor:
+    return tower.embeddings.position_embedding.weight[:1].unsqueeze(0)
+
+
+def _no_rotation(block: nn.Module, tower: Any, token: Tensor) -> dict[str, Any]:
+    """DINOv3 rotates patch tokens only: a table of no patches leaves the task token as it is."""
+    empty = token.new_empty(0, token.shape[-1] // tower.config.num_attention_heads)
+    return {"position_embeddings": (empty, empty)}
+
+
+def _no_mask(block: nn.Module, tower: nn.Module, token: Tensor) -> dict[str, Any]:
+    return {"attention_mask": None}
+
+
+def _keep_all_patches(tower: Any, pixel_values: Tensor) -> dict[str, Any]:
+    """ViT-MAE drops and shuffles patches; ascending noise keeps their order (the view's mask ratio is 0)."""
+    height, width = tower.embeddings.patch_embeddings.patch_size
+    patches = (pixel_values.shape[2] // height) * (pixel_values.shape[3] // width)
+    return {"noise": torch.arange(patches, device=pixel_values.device).expand(pixel_values.shape[0], -1)}
+
+
+def _mae_view(tower: Any) -> None:
+    tower.embeddings.config = shadow_config(tower.embeddings.config)
+    tower.embeddings.config.mask_ratio = 0.0
+
+
+def _siglip_forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple:
+    """SigLIP's attention with the keyword arguments that `SiglipAttention` keeps from the attention function."""
+    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    query, key, value = (p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+    attend: Any = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    context, weights = attend(self, query, key, value, attention_mask, is_causal=False, scaling=self.scale, **kwargs)
+    return self.out_proj(context.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+def _siglip_view(tower: Any) -> None:
+    for layer in tower.encoder.layers:
+        layer.self_attn.forward = types.MethodType(_siglip_forward, layer.self_attn)
+
+
+def _beit_stream(block: Any) -> None:
+    """The position bias of the class token comes from the trunk; the block must not add one for a single token."""
+    block.relative_position_bias = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one tower class names its parts (a row of the role table)."""
+
+    name: str
+    blocks: str
+    roles: Mapping[str, str] = field(default_factory=lambda: _VIT)
+    class_token: str | None = "embeddings.cls_token"
+    class_position: Callable[[Any], Tensor | None] = _table_position
+    first_norm: str | None = None
+    """A norm between the embeddings and the first block."""
+    final_norm: Callable[[Any], nn.Module] = lambda tower: tower.layernorm
+    feature: Callable[[nn.Module, Any], Tensor] = _class_feature
+    any_size: bool = False
+    """The tower takes images of any size without being asked."""
+    windowed: bool = False
+    prepare_view: Callable[[Any], None] = lambda tower: None
+    prepare_stream: Callable[[Any], None] = lambda block: None
+    tower_arguments: Callable[[Any, Tensor], dict[str, Any]] = lambda tower, pixel_values: {}
+    stream_arguments: Callable[[nn.Module, nn.Module, Tensor], dict[str, Any]] = lambda block, tower, token: {}
+
+
+TOWERS: dict[str, Family] = {
+    "ViTModel": Family("vit", "layers.*"),
+    "DeiTModel": Family("deit", "layers.*"),
+    "ViTMSNModel": Family("vit_msn", "layers.*"),
+    "ViTMAEModel": Family("vit_mae", "layers.*", prepare_view=_mae_view, tower_arguments=_keep_all_patches),
+    "IJepaModel": Family("ijepa", "layers.*", class_token=None, feature=_mean_feature),
+    "BeitModel": Family(
+        "beit", "layers.*", final_norm=_beit_norm, feature=_beit_feature, any_size=True, prepare_stream=_beit_stream
+    ),
+    "Dinov2Model": Family("dinov2", "encoder.layer.*", _DINO, any_size=True),
+    "Dinov2WithRegistersModel": Family("dinov2_with_registers", "encoder.layer.*", _DINO, any_size=True),
+    "DINOv3ViTModel": Family(
+        "dinov3_vit",
+        "model.layer.*",
+        _DINO,
+        class_position=lambda tower: None,
+        final_norm=lambda tower: tower.norm,
+        any_size=True,
+        stream_arguments=_no_rotation,
+    ),
+    "CLIPVisionModel": Family(
+        "clip",
+        "encoder.layers.*",
+        _CLIP,
+        class_token="embeddings.class_embedding",
+        class_position=_embedding_position,
+        first_norm="pre_layrnorm",
+        final_norm=lambda tower: tower.post_layernorm,
+        feature=_pooled_feature,
+        stream_arguments=_no_mask,
+    ),
+    "SiglipVisionModel": Family(
+        "siglip",
+        "encoder.layers.*",
+        _CLIP,
+        class_token=None,
+        final_norm=lambda tower: tower.post_layernorm,
+        feature=_mean_feature,
+        prepare_view=_siglip_view,
+        stream_arguments=_no_mask,
+    ),
+    "SwinModel": Family(
+        "swin", "encoder.layers.*.blocks.*", class_token=None, feature=_swin_feature, any_size=True, windowed=True
+    ),
+}

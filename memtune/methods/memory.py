@@ -1,0 +1,96 @@
+"""Learnable memory tokens.
+
+"Fine-tuning Image Transformers using Learnable Memory" (Sandler et al., CVPR 2022, https://arxiv.org/abs/2203.15243).
+
+Each block has `m` memory tokens M of its own, which its queries attend to beside the tokens X (figures 1 and 2):
+
+    X' = X + Wo softmax(Wq N(X) [Wk N(X); Wk N(M)]^T / sqrt(d)) [Wv N(X); Wv N(M)],   N the block's first norm
+
+Memory is never a query and is not propagated; it has no position. Unmasked, it equals VPT-deep.
+
+Parameters: L m D for L blocks of width D; the class token of the task adds D, the head D C + C for C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter, AdapterConfig
+from ..backbones import Backbone, Block
+from ..errors import ConfigError
+from ..registry import register_method
+from ..streams import AdaptedStream, TaskStream
+
+
+@dataclass(frozen=True)
+class MemoryConfig(AdapterConfig):
+    """Settings of learnable memory.
+
+    Args:
+        tokens: Memory tokens in each block, m (table 2: "cells"). 0 leaves the class token and the head to train.
+        init_std: Standard deviation of the initial values, which are N(0, 0.02) in the paper.
+        class_token: Whether unmasked mode trains a copy of the class token too (table 2, as the paper does).
+        blocks: Indices of the blocks that get memory; None for all, as in the paper.
+    """
+
+    method: ClassVar[str] = "memory"
+
+    tokens: int = 4
+    init_std: float = 0.02
+    class_token: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.tokens, int) or isinstance(self.tokens, bool) or self.tokens < 0:
+            raise ConfigError(f"tokens: got {self.tokens!r}, expected a whole number of memory tokens, 0 or more")
+        if not isinstance(self.init_std, (int, float)) or not 0 <= self.init_std < float("inf"):
+            raise ConfigError(f"init_std: got {self.init_std!r}, expected a standard deviation, 0 or more")
+
+    def trains_class_token(self) -> bool:
+        """As the settings say; the paper does."""
+        return self.class_token
+
+
+class BlockMemory(nn.Module):
+    """The memory tokens of one block.
+
+    Args:
+        tokens: Their number, m.
+        width: The block's width, D.
+        init_std: Standard deviation of the initial values.
+    """
+
+    def __init__(self, tokens: int, width: int, init_std: float) -> None:
+        super().__init__()
+        self.memory = nn.Parameter(torch.empty(tokens, width).normal_(std=init_std))
+
+    def keys_values(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Keys and values of the memory by the block's norm and projections, each (1, heads, m, head width)."""
+        memory = block["norm1"](self.memory.to(block["norm1"].weight.dtype))
+        shape = (1, memory.shape[0], -1, block.head_width)
+        key, value = (block[role](memory).view(shape).transpose(1, 2) for role in ("key", "value"))
+        return key, value
+
+
+@register_method
+class MemoryAdapter(Adapter[MemoryConfig]):
+    """Memory tokens for the blocks of one backbone; in masked mode only the task token sees them."""
+
+    config_class = MemoryConfig
+
+    def __init__(self, config: MemoryConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        chosen = config.select(backbone) if config.tokens else []
+        self.blocks = nn.ModuleDict(
+            {str(block.index): BlockMemory(config.tokens, block.width, config.init_std) for block in chosen}
+        )
+
+    def attach(self, stream: AdaptedStream | TaskStream) -> None:
+        """Give each block's attention the keys and values of its memory."""
+        for index, memory in self.blocks.items():
+            assert isinstance(memory, BlockMemory)
+            stream.sites[int(index)].sources.append(memory.keys_values)

@@ -1,0 +1,115 @@
+"""What is trained for one task: the adapters of its methods, its class token, its head; and its labels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter, AdapterConfig
+from .backbones import Backbone
+from .errors import CheckpointError, ConfigError, UnsupportedBackboneError
+from .registry import create_adapter
+from .streams import AdaptedStream, TaskStream
+
+HEAD_STD = 0.02
+"""Standard deviation of a new head's weights, as in transformers' vision models."""
+
+
+class Task(nn.Module):
+    """The parameters of one task.
+
+    Args:
+        configs: One configuration for each method.
+        labels: Names of the classes, in the order of the logits.
+        backbone: The backbone to adapt.
+        masked: Whether the task runs in a task stream.
+
+    Raises:
+        ConfigError: The methods do not go together, or a setting does not fit the backbone.
+        UnsupportedBackboneError: Masked mode on a windowed backbone.
+    """
+
+    def __init__(
+        self, configs: Sequence[AdapterConfig], labels: Sequence[str], backbone: Backbone, masked: bool
+    ) -> None:
+        super().__init__()
+        if masked and backbone.family.windowed:
+            raise UnsupportedBackboneError(
+                f"masked=True: got {type(backbone.model).__name__}, whose blocks attend within windows: no single "
+                "token can read the whole trunk. Use masked=False, or a backbone with global attention"
+            )
+        self.labels = list(labels)
+        self.masked = masked
+        self.adapters = nn.ModuleList(create_adapter(config, backbone) for config in configs)
+        self.class_token = self._create_class_token(configs, backbone)
+        self.head = nn.Linear(backbone.width, len(self.labels))
+        nn.init.normal_(self.head.weight, std=HEAD_STD)
+        nn.init.zeros_(self.head.bias)
+        twice = [key for key, count in Counter(self._keys()).items() if count > 1]
+        if twice:
+            raise ConfigError(
+                f"two of the methods {self.methods} own the same parameters, such as {twice[0]}; leave one out"
+            )
+
+    def _create_class_token(self, configs: Sequence[AdapterConfig], backbone: Backbone) -> nn.Parameter | None:
+        own = backbone.class_token
+        if own is not None and (self.masked or any(config.trains_class_token() for config in configs)):
+            return nn.Parameter(own.detach().clone().float())
+        return nn.Parameter(torch.randn(1, 1, backbone.width) * HEAD_STD) if self.masked else None
+
+    @property
+    def configs(self) -> list[AdapterConfig]:
+        """The settings of each method."""
+        return [adapter.config for adapter in self._adapters()]
+
+    @property
+    def methods(self) -> list[str]:
+        """The names of the methods."""
+        return [config.method for config in self.configs]
+
+    def _adapters(self) -> list[Adapter]:
+        return [adapter for adapter in self.adapters if isinstance(adapter, Adapter)]
+
+    def _keys(self) -> list[str]:
+        return [key for adapter in self.adapters for key in adapter.state_dict()]
+
+    def attach(self, stream: AdaptedStream | TaskStream) -> None:
+        """Make a stream use this task's adapters."""
+        for adapter in self._adapters():
+            adapter.attach(stream)
+        if self.class_token is not None and not stream.masked:
+            stream.view.set_class_token(self.class_token)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits (batch, classes) of features (batch, width)."""
+        return self.head(features.to(self.head.weight.dtype))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every trained tensor under its role key: `blocks.3.memory`, `class_token`, `head.weight` ..."""
+        tensors = {key: tensor for adapter in self.adapters for key, tensor in adapter.state_dict().items()}
+        own = {"class_token": self.class_token, "head.weight": self.head.weight, "head.bias": self.head.bias}
+        return tensors | {key: tensor.detach() for key, tensor in own.items() if tensor is not None}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `tensors` gave.
+
+        Raises:
+            CheckpointError: Tensors are missing, unexpected, misshapen or not finite; all of them are named, and
+                nothing has been changed.
+        """
+        own = self.tensors()
+        problems = [f"missing: {key}" for key in own if key not in tensors]
+        problems += [f"unexpected: {key}" for key in tensors if key not in own]
+        for key in own.keys() & tensors.keys():
+            if tensors[key].shape != own[key].shape:
+                problems.append(f"{key}: got the shape {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}")
+            elif not torch.isfinite(tensors[key]).all():
+                problems.append(f"{key}: has values that are not finite")
+        if problems:
+            raise CheckpointError("the tensors do not fit the adapter:\n  " + "\n  ".join(sorted(problems)))
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(tensors[key])

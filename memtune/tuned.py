@@ -1,0 +1,300 @@
+"""`wrap()` and `TunedModel`: a backbone, what is trained for one task, and the conventions of Hugging Face models."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from .adapter import AdapterConfig
+from .backbones import Backbone
+from .errors import ConfigError, InputError, MemtuneError
+from .streams import AdaptedStream, TaskStream, Trunk
+from .task import Task
+
+
+def wrap(
+    backbone: PreTrainedModel,
+    config: AdapterConfig | Sequence[AdapterConfig],
+    *,
+    labels: Sequence[str] | None = None,
+    num_labels: int | None = None,
+    masked: bool = False,
+    processor: Any = None,
+) -> TunedModel:
+    """Put an adapter for a new task on a frozen vision model.
+
+    The backbone's parameters are frozen; nothing else of it changes, and it can be wrapped again for another task.
+
+    Args:
+        backbone: A transformers vision model, with or without a head of its own.
+        config: The method's settings, or one for each of several methods.
+        labels: Names of the task's classes, in the order of the logits.
+        num_labels: Their number, where they have no names (they are then called LABEL_0 ...).
+        masked: Train in the task stream: the backbone's own answer stays as it is, and tasks can share its pass.
+        processor: The image processor of the task, saved with the adapter.
+
+    Raises:
+        UnsupportedBackboneError: The model has no supported vision tower, or cannot be used in masked mode.
+        ConfigError: A setting is wrong, or does not fit the backbone. Nothing has been changed.
+    """
+    configs = [config] if isinstance(config, AdapterConfig) else config
+    if not isinstance(configs, Sequence) or isinstance(configs, str):
+        raise ConfigError(
+            f"config: got {config!r}, expected a configuration such as MemoryConfig(tokens=4), or several"
+        )
+    task = Task(configs, _label_names(labels, num_labels), Backbone(backbone), masked)
+    return TunedModel(backbone, task, processor=processor)
+
+
+def _label_names(labels: Sequence[str] | None, num_labels: int | None) -> list[str]:
+    if labels is None:
+        if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
+            raise ConfigError(f"num_labels: got {num_labels!r}; give labels=[...], or their number, 1 or more")
+        return [f"LABEL_{index}" for index in range(num_labels)]
+    names = list(labels)
+    if isinstance(labels, str) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"labels: got {labels!r}, expected a sequence of class names")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"labels: {sorted({name for name in names if names.count(name) > 1})} stand there twice")
+    if num_labels not in (None, len(names)):
+        raise ConfigError(f"num_labels: got {num_labels}, but labels has {len(names)} names; give one of the two")
+    return names
+
+
+class TunedModel(nn.Module):
+    """A frozen backbone with what is trained for one task. Made by `wrap`, `load` or `from_pretrained`.
+
+    `state_dict()` and the trainable parameters are the task's alone. `train()` leaves the backbone in evaluation mode.
+
+    Attributes:
+        backbone: The model that was wrapped; its own forward is never changed.
+        task: The parameters of the task and its labels.
+        config: A copy of the backbone's configuration with the task's labels.
+        processor: The image processor, or None.
+    """
+
+    main_input_name = "pixel_values"
+    accepts_loss_kwargs = False
+    supports_gradient_checkpointing = True
+
+    backbone: PreTrainedModel
+    task: Task
+
+    def __init__(self, backbone: PreTrainedModel, task: Task, processor: Any = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.task = task
+        self.processor = processor
+        self.config: Any = copy.deepcopy(backbone.config)
+        self.config.id2label = dict(enumerate(task.labels))
+        self.config.label2id = {label: index for index, label in enumerate(task.labels)}
+        self._thawed = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+        self._was_training = backbone.training
+        self._checkpointing = False
+        self._enabled = True
+        backbone.requires_grad_(False)
+        self.task.to(device=backbone.device)
+        self.register_state_dict_post_hook(_drop_backbone)
+        self.register_load_state_dict_post_hook(_forgive_backbone)
+        self.train(backbone.training)
+
+    def _build(self) -> None:
+        """Make the views that forward runs."""
+        backbone = Backbone(self.backbone)
+        self._trunk = Trunk(backbone) if self.task.masked else None
+        self._stream: AdaptedStream | TaskStream = (
+            TaskStream(backbone)
+            if self.task.masked
+            else AdaptedStream(backbone, checkpointing=self._checkpointing and self.training)
+        )
+        self.task.attach(self._stream)
+        self._shape = (backbone.channels, *backbone.image_size)
+        self._any_size = backbone.family.any_size
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+    ) -> ImageClassifierOutput | tuple[Tensor, ...]:
+        """Classify images by the task's labels.
+
+        Args:
+            pixel_values: Images as the processor gives them, (batch, channels, height, width).
+            labels: Indices of the right classes, (batch,); the output then has the mean cross-entropy as `loss`.
+            interpolate_pos_encoding: Accept images of another size than the backbone's.
+            return_dict: False for a plain tuple.
+
+        Returns:
+            `logits` (batch, classes), and `loss` if labels were given. Within `disable_adapter()`: the backbone's own
+            output.
+
+        Raises:
+            InputError: The images or labels have the wrong shape, type, size, or range.
+        """
+        pixel_values = self._check_images(pixel_values, interpolate_pos_encoding)
+        if not self._enabled:
+            options = {} if self._any_size else {"interpolate_pos_encoding": interpolate_pos_encoding}
+            return self.backbone(pixel_values, **options)
+        if labels is not None:
+            self._check_labels(labels, pixel_values.shape[0])
+        logits = self.task.logits(self.features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
+        loss = None if labels is None else cross_entropy(logits, labels)
+        output = ImageClassifierOutput(loss=loss, logits=logits)
+        return output.to_tuple() if return_dict is False else output
+
+    def features(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> Tensor:
+        """What the head reads of images (batch, channels, height, width): (batch, width)."""
+        stream, trunk = self._stream, self._trunk
+        if isinstance(stream, AdaptedStream):
+            return stream.features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        assert trunk is not None
+        assert self.task.class_token is not None
+        current, _ = trunk.run(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        return stream.features(current, self.task.class_token)
+
+    def _check_images(self, images: Any, interpolate: bool) -> Tensor:
+        if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
+            raise InputError(
+                f"pixel_values: got {_describe(images)}, expected a float tensor (batch, channels, height, width)"
+            )
+        channels, *size = self._shape
+        if images.shape[1] != channels:
+            raise InputError(f"pixel_values: got {images.shape[1]} channels, expected {channels}")
+        if not (self._any_size or interpolate or list(images.shape[2:]) == size):
+            raise InputError(
+                f"pixel_values: got {images.shape[2]} x {images.shape[3]} pixels, expected {size[0]} x {size[1]}; "
+                "let the processor resize the images, or pass interpolate_pos_encoding=True"
+            )
+        return images
+
+    def _check_labels(self, labels: Any, batch: int) -> None:
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or tuple(labels.shape) != (batch,):
+            raise InputError(f"labels: got {_describe(labels)}, expected a tensor of {batch} class indices")
+        # On an accelerator the check would wait for the device; the loop checks there before the data is moved.
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_label_range(labels, len(self.task.labels))
+
+    def train(self, mode: bool = True) -> TunedModel:
+        """Set the adapter's mode. The frozen backbone stays in evaluation mode: no dropout, no stochastic depth."""
+        super().train(mode)
+        self.backbone.eval()
+        self._build()
+        return self
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute blocks in the backward pass to save memory (masked mode has nothing to recompute)."""
+        _checkpointing(self.backbone, "enable")(activation_checkpointing_kwargs or {"use_reentrant": False})
+        self._checkpointing = True
+        self._build()
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        _checkpointing(self.backbone, "disable")()
+        self._checkpointing = False
+        self._build()
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
+    gradient_checkpointing_disable = activation_checkpointing_disable
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within this context the model answers as the untouched backbone does."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    def detach(self) -> PreTrainedModel:
+        """Give the backbone back as it was before `wrap`, and end this model.
+
+        Returns:
+            The backbone, with the parameters trainable that were so, and in the mode it was in.
+        """
+        backbone = self.backbone
+        for name, parameter in backbone.named_parameters():
+            parameter.requires_grad_(name in self._thawed)
+        backbone.train(self._was_training)
+        self.__dict__["_modules"] = {}
+        return backbone
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.task.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The backbone's type of numbers; the adapter's own parameters may be of another."""
+        return self.backbone.dtype
+
+    def trainable_parameters(self) -> dict[str, int]:
+        """Trained values by part: each method's, `class_token`, `head`, their `total`, and the frozen `backbone`'s."""
+        counts = {
+            method: sum(parameter.numel() for parameter in adapter.parameters())
+            for method, adapter in zip(self.task.methods, self.task.adapters, strict=True)
+        }
+        counts["class_token"] = 0 if self.task.class_token is None else self.task.class_token.numel()
+        counts["head"] = sum(parameter.numel() for parameter in self.task.head.parameters())
+        counts["total"] = sum(counts.values())
+        return counts | {"backbone": sum(parameter.numel() for parameter in self.backbone.parameters())}
+
+    def print_trainable_parameters(self) -> None:
+        """Print the number of trained values beside that of all values, in PEFT's words."""
+        counts = self.trainable_parameters()
+        trained, total = counts["total"], counts["total"] + counts["backbone"]
+        share = 100 * trained / total
+        print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f}")  # noqa: T201
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("backbone", "task"):
+                raise MemtuneError("this model has been detached from its backbone; wrap the backbone again") from None
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_trunk", "_stream")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._build()
+
+
+def _describe(value: Any) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _checkpointing(backbone: nn.Module, verb: str) -> Any:
+    """The backbone's method that switches checkpointing, by its name in this release of transformers."""
+    return getattr(backbone, f"activation_checkpointing_{verb}", None) or getattr(
+        backbone, f"gradient_checkpointing_{verb}"
+    )
+
+
+def check_label_range(labels: Tensor, classes: int) -> None:
+    """Raise `InputError` if a label is not the index of a class (-100, which the loss ignores, is allowed)."""
+    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != -100)]
+    if wrong.numel():
+        raise InputError(f"labels: got {sorted(set(wrong.tolist()))}, expected class indices from 0 to {classes - 1}")
+
+
+def _drop_backbone(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """The state of a tuned model is the task's: the frozen backbone is saved by whoever owns it."""
+    for key in [key for key in state if key.startswith(f"{prefix}backbone.")]:
+        del state[key]
+
+
+def _forgive_backbone(module: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith("backbone.")]

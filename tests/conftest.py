@@ -1,0 +1,74 @@
+"""What every test stands on: no network, a cache of its own, fixed seeds and threads, and the shared material."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import random
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+# Read by the libraries when they are imported, and inherited by the processes that tests start.
+_cache = tempfile.TemporaryDirectory(prefix="memtune-tests-", ignore_cleanup_errors=True)
+os.environ.update(
+    HF_HOME=_cache.name,
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_EVALUATE_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    MPLBACKEND="Agg",
+    OMP_NUM_THREADS="2",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+SHARED = Path(os.environ.get("MEMTUNE_SHARED") or Path(__file__).parents[2] / "shared")
+
+
+def _refuse_network(event: str, args: tuple) -> None:
+    """An audit hook: lets a socket connect to this machine alone."""
+    if event != "socket.connect" or args[0].family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    host = args[1][0]
+    try:
+        local = host in ("", "localhost") or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name
+        local = False
+    if not local:
+        raise RuntimeError(f"a test tried to reach the network: {args[1]}")
+
+
+sys.addaudithook(_refuse_network)
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    """The same seeds and number of threads for each test, whichever tests ran before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - what the libraries read
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+
+
+def _shared(name: str) -> Path:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"needs the shared material: no folder {folder} (MEMTUNE_SHARED names another place)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_models() -> Path:
+    """The folder of real backbones; mark the test `shared`."""
+    return _shared("models")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images, `<task>/{train,test}/<class>/`; mark the test `shared`."""
+    return _shared("data")
