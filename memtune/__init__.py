@@ -6,6 +6,7 @@ from .errors import MemtuneError as MemtuneError
 from .methods import MemoryConfig as MemoryConfig
 from .registry import register_method as register_method
 from .tuned import TunedModel as TunedModel
+from .tuned import load as load
 from .tuned import wrap as wrap
 
 __version__ = "0.1.0"

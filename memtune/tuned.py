@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from .adapter import AdapterConfig
 from .backbones import Backbone
-from .errors import ConfigError, InputError, MemtuneError
+from .checkpoint import check_backbone, load_recorded_backbone, read_folder, write_folder
+from .checks import check_images, check_labels
+from .errors import ConfigError, MemtuneError
 from .streams import AdaptedStream, TaskStream, Trunk
 from .task import Task
 
@@ -69,6 +72,28 @@ def _label_names(labels: Sequence[str] | None, num_labels: int | None) -> list[s
     return names
 
 
+def load(folder: str | Path, *, backbone: PreTrainedModel | None = None, any_weights: bool = False) -> TunedModel:
+    """Load an adapter onto its backbone.
+
+    Args:
+        folder: The adapter folder.
+        backbone: The frozen backbone, loaded already; None to load it by the name that the adapter recorded.
+        any_weights: Accept a backbone of the right shape with other weights than the adapter was trained on.
+
+    Raises:
+        CheckpointError: The folder is missing, incomplete, damaged or of an unknown format.
+        BackboneMismatchError: The backbone is not the one that the adapter was trained on.
+    """
+    adapter = read_folder(folder)
+    model = load_recorded_backbone(adapter) if backbone is None else backbone
+    described = Backbone(model)
+    check_backbone(adapter, described, any_weights=any_weights)
+    task = Task(adapter.configs, adapter.labels, described, adapter.masked)
+    task.load_tensors(adapter.tensors)
+    tuned = TunedModel(model, task, processor=adapter.processor)
+    return tuned.eval()
+
+
 class TunedModel(nn.Module):
     """A frozen backbone with what is trained for one task. Made by `wrap`, `load` or `from_pretrained`.
 
@@ -116,8 +141,7 @@ class TunedModel(nn.Module):
             else AdaptedStream(backbone, checkpointing=self._checkpointing and self.training)
         )
         self.task.attach(self._stream)
-        self._shape = (backbone.channels, *backbone.image_size)
-        self._any_size = backbone.family.any_size
+        self._described = backbone
 
     def forward(
         self,
@@ -141,12 +165,12 @@ class TunedModel(nn.Module):
         Raises:
             InputError: The images or labels have the wrong shape, type, size, or range.
         """
-        pixel_values = self._check_images(pixel_values, interpolate_pos_encoding)
+        pixel_values = check_images(pixel_values, self._described, interpolate=interpolate_pos_encoding)
         if not self._enabled:
-            options = {} if self._any_size else {"interpolate_pos_encoding": interpolate_pos_encoding}
+            options = {} if self._described.family.any_size else {"interpolate_pos_encoding": interpolate_pos_encoding}
             return self.backbone(pixel_values, **options)
         if labels is not None:
-            self._check_labels(labels, pixel_values.shape[0])
+            check_labels(labels, pixel_values.shape[0], len(self.task.labels))
         logits = self.task.logits(self.features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
         loss = None if labels is None else cross_entropy(logits, labels)
         output = ImageClassifierOutput(loss=loss, logits=logits)
@@ -161,28 +185,6 @@ class TunedModel(nn.Module):
         assert self.task.class_token is not None
         current, _ = trunk.run(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         return stream.features(current, self.task.class_token)
-
-    def _check_images(self, images: Any, interpolate: bool) -> Tensor:
-        if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
-            raise InputError(
-                f"pixel_values: got {_describe(images)}, expected a float tensor (batch, channels, height, width)"
-            )
-        channels, *size = self._shape
-        if images.shape[1] != channels:
-            raise InputError(f"pixel_values: got {images.shape[1]} channels, expected {channels}")
-        if not (self._any_size or interpolate or list(images.shape[2:]) == size):
-            raise InputError(
-                f"pixel_values: got {images.shape[2]} x {images.shape[3]} pixels, expected {size[0]} x {size[1]}; "
-                "let the processor resize the images, or pass interpolate_pos_encoding=True"
-            )
-        return images
-
-    def _check_labels(self, labels: Any, batch: int) -> None:
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or tuple(labels.shape) != (batch,):
-            raise InputError(f"labels: got {_describe(labels)}, expected a tensor of {batch} class indices")
-        # On an accelerator the check would wait for the device; the loop checks there before the data is moved.
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_label_range(labels, len(self.task.labels))
 
     def train(self, mode: bool = True) -> TunedModel:
         """Set the adapter's mode. The frozen backbone stays in evaluation mode: no dropout, no stochastic depth."""
@@ -214,6 +216,26 @@ class TunedModel(nn.Module):
             yield
         finally:
             self._enabled = before
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, base_model_name: str | None = None, is_main_process: bool = True
+    ) -> None:
+        """Save the adapter as a folder. A process killed meanwhile leaves the old adapter or the new one.
+
+        Args:
+            save_directory: The folder; made if it is not there, other files in it are left alone.
+            base_model_name: The backbone's name to record, where it was loaded from a path of this machine.
+            is_main_process: Only the main one of several processes writes.
+        """
+        if is_main_process:
+            write_folder(save_directory, self.task, self.backbone, self.processor, base_model_name)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, backbone: PreTrainedModel | None = None, *, any_weights: bool = False
+    ) -> TunedModel:
+        """Load what `save_pretrained` saved (see `memtune.load`)."""
+        return load(folder, backbone=backbone, any_weights=any_weights)
 
     def detach(self) -> PreTrainedModel:
         """Give the backbone back as it was before `wrap`, and end this model.
@@ -265,15 +287,11 @@ class TunedModel(nn.Module):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_trunk", "_stream")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_trunk", "_stream", "_described")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._build()
-
-
-def _describe(value: Any) -> str:
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _checkpointing(backbone: nn.Module, verb: str) -> Any:
@@ -281,13 +299,6 @@ def _checkpointing(backbone: nn.Module, verb: str) -> Any:
     return getattr(backbone, f"activation_checkpointing_{verb}", None) or getattr(
         backbone, f"gradient_checkpointing_{verb}"
     )
-
-
-def check_label_range(labels: Tensor, classes: int) -> None:
-    """Raise `InputError` if a label is not the index of a class (-100, which the loss ignores, is allowed)."""
-    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != -100)]
-    if wrong.numel():
-        raise InputError(f"labels: got {sorted(set(wrong.tolist()))}, expected class indices from 0 to {classes - 1}")
 
 
 def _drop_backbone(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

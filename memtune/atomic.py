@@ -1,0 +1,65 @@
+"""Replacing several files of a folder at once: whoever reads sees all the old ones or all the new ones.
+
+New files are written into a staging folder beside the old ones. Renaming that folder to `.memtune-commit` is the
+commit: from then on its files count, whether or not they have been moved to their places yet. A process killed before
+it leaves the old files; one killed after it leaves the new ones, which `current` finds and the next save moves.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_COMMIT = ".memtune-commit"
+_STAGING = ".memtune-staging"
+
+
+@contextmanager
+def replace_files(folder: Path) -> Iterator[Path]:
+    """Give a staging folder; what is in it at the end of the context replaces the files of those names in `folder`.
+
+    An exception inside the context leaves `folder` as it was. One process at a time may replace files of a folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _finish(folder)
+    staging = folder / _STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        for path in staging.iterdir():
+            _sync(path)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    staging.rename(folder / _COMMIT)
+    _sync(folder)
+    _finish(folder)
+
+
+def current(folder: Path, name: str) -> Path:
+    """Where the valid file of that name lies, if there is one."""
+    committed = folder / _COMMIT / name
+    return committed if committed.is_file() else folder / name
+
+
+def _finish(folder: Path) -> None:
+    committed = folder / _COMMIT
+    if committed.is_dir():
+        for path in committed.iterdir():
+            path.replace(folder / path.name)
+        committed.rmdir()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder's list of names is on the disk (folders cannot be opened on Windows)."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,211 @@
+"""The adapter folder: written at once, read with every doubt named.
+
+    adapter_config.json         format version, methods and settings, mode, labels, the backbone and its fingerprint
+    adapter_model.safetensors   the tensors, under role keys such as `blocks.3.memory`
+    preprocessor_config.json    the image processor, if there is one
+    README.md                   the card
+
+It is data: JSON and safetensors, no pickle and no code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoImageProcessor, PreTrainedModel
+
+from .adapter import AdapterConfig
+from .atomic import current, replace_files
+from .backbones import Backbone
+from .card import write_card
+from .errors import BackboneMismatchError, CheckpointError, ConfigError
+from .fingerprint import fingerprint, same_weights
+from .registry import read_config
+from .task import Task
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PROCESSOR_NAME = "preprocessor_config.json"
+CARD_NAME = "README.md"
+
+_SHAPES = ("family", "depth", "widths", "heads", "patch_size", "channels")
+"""What an adapter's shapes and meaning hang on; the image size may differ, as positions can be interpolated."""
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """What an adapter folder says.
+
+    Attributes:
+        path: The folder.
+        configs: The settings of each method.
+        masked: Whether the adapter was trained in the task stream.
+        labels: Names of the classes, in the order of the logits.
+        backbone: The backbone's description, `name_or_path`, `model_class` and `fingerprint` among it.
+        tensors: The trained tensors under their role keys.
+        processor: The image processor, or None.
+    """
+
+    path: Path
+    configs: list[AdapterConfig]
+    masked: bool
+    labels: list[str]
+    backbone: dict[str, Any]
+    tensors: dict[str, Tensor]
+    processor: Any
+
+
+def write_folder(
+    folder: str | Path, task: Task, model: PreTrainedModel, processor: Any, name: str | None = None
+) -> None:
+    """Save a task as an adapter folder; files of the same names are replaced all at once.
+
+    Args:
+        folder: Where to; made if it is not there. Other files in it are left alone.
+        task: What was trained.
+        model: The backbone it was trained on.
+        processor: The image processor, or None.
+        name: The backbone's name to record in place of the one that it was loaded by.
+
+    Raises:
+        CheckpointError: The path is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"got {folder}, which is a file; an adapter is saved as a folder")
+    backbone = Backbone(model)
+    config = {
+        "format_version": FORMAT_VERSION,
+        "methods": [config.to_dict() for config in task.configs],
+        "masked": task.masked,
+        "labels": task.labels,
+        "processor": processor is not None,
+        "backbone": {
+            "name_or_path": name or model.name_or_path,
+            "model_class": type(model).__name__,
+            **backbone.describe(),
+            "fingerprint": fingerprint(backbone),
+        },
+    }
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in task.tensors().items()}
+    with replace_files(folder) as staging:
+        (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        safetensors.torch.save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
+        (staging / CARD_NAME).write_text(write_card(config, tensors), encoding="utf-8")
+        if processor is not None:
+            processor.save_pretrained(staging)
+    if processor is None:
+        (folder / PROCESSOR_NAME).unlink(missing_ok=True)
+
+
+def read_folder(folder: str | Path) -> AdapterFolder:
+    """Read and check an adapter folder.
+
+    Raises:
+        CheckpointError: The folder, a file of it or an entry is missing, damaged or of an unknown format.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"got {str(folder)!r}, which is no folder; expected one with {CONFIG_NAME} and {WEIGHTS_NAME}"
+        )
+    missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not current(folder, name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} is no adapter folder: {' and '.join(missing)} not found")
+    config = _read_json(current(folder, CONFIG_NAME))
+    configs = _read_methods(config, folder)
+    try:
+        tensors = safetensors.torch.load_file(current(folder, WEIGHTS_NAME))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS_NAME} is damaged or cut short: {error}") from error
+    processor = _read_processor(folder) if config["processor"] else None
+    return AdapterFolder(folder, configs, config["masked"], config["labels"], config["backbone"], tensors, processor)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The configuration, with every entry of the right type."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if not isinstance(version, int):
+        raise CheckpointError(f"{path} has no format_version: it was not written by memtune")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}, this memtune reads up to {FORMAT_VERSION}; update memtune to read it"
+        )
+    expected = {"methods": list, "masked": bool, "labels": list, "processor": bool, "backbone": dict}
+    for name, kind in expected.items():
+        if not isinstance(config.get(name), kind):
+            raise CheckpointError(f"{path}: {name} is {config.get(name)!r}, expected a {kind.__name__}")
+    return config
+
+
+def _read_methods(config: Mapping[str, Any], folder: Path) -> list[AdapterConfig]:
+    try:
+        return [read_config(values) for values in config["methods"]]
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{folder / CONFIG_NAME}: {error}") from error
+
+
+def _read_processor(folder: Path) -> Any:
+    path = current(folder, PROCESSOR_NAME)
+    try:
+        return AutoImageProcessor.from_pretrained(path.parent)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is missing or damaged: {error}") from error
+
+
+def load_recorded_backbone(folder: AdapterFolder) -> PreTrainedModel:
+    """Load the backbone that an adapter was trained on by its recorded name.
+
+    Raises:
+        CheckpointError: There is no such model class, or no such model.
+    """
+    name, kind = folder.backbone.get("name_or_path"), folder.backbone.get("model_class")
+    model_class = getattr(transformers, str(kind), None)
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)) or not name:
+        raise CheckpointError(
+            f"{folder.path} names the backbone {name!r} of class {kind!r}; give backbone=... yourself"
+        )
+    try:
+        return model_class.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the recorded backbone {name!r} cannot be loaded; give backbone=...: {error}") from error
+
+
+def check_backbone(folder: AdapterFolder, backbone: Backbone, *, any_weights: bool = False) -> None:
+    """Compare a backbone with the one that an adapter was trained on.
+
+    Args:
+        folder: The adapter.
+        backbone: The backbone to use it on.
+        any_weights: Accept other weights of the same shapes.
+
+    Raises:
+        BackboneMismatchError: It is another one; every difference is named.
+    """
+    own, recorded, trained_on = backbone.describe(), folder.backbone, folder.backbone.get("name_or_path")
+    differences = [
+        f"{name}: got {own[name]}, expected {recorded.get(name)}" for name in _SHAPES if own[name] != recorded.get(name)
+    ]
+    if differences:
+        raise BackboneMismatchError(
+            f"the adapter {folder.path} was trained on {trained_on!r}, a backbone of another shape:\n  "
+            + "\n  ".join(differences)
+        )
+    if not any_weights and not same_weights(recorded.get("fingerprint", {}), fingerprint(backbone)):
+        raise BackboneMismatchError(
+            f"the adapter {folder.path} was trained on {trained_on!r}; the backbone given has the same shape but other "
+            "weights. Load the recorded one, or pass any_weights=True if you know what you do"
+        )

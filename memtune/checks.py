@@ -1,0 +1,60 @@
+"""Checks of what a model is given, each with an error that says what was got and what was expected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backbones import Backbone
+from .errors import InputError
+
+
+def check_images(images: Any, backbone: Backbone, *, interpolate: bool) -> Tensor:
+    """Give images back that a backbone takes.
+
+    Args:
+        images: Expected: a float tensor (batch, channels, height, width).
+        backbone: The backbone; its channels and, unless it takes any, its image size are expected.
+        interpolate: Whether its position embeddings will be interpolated to any size.
+
+    Raises:
+        InputError: They are something else.
+    """
+    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
+        raise InputError(
+            f"pixel_values: got {_describe(images)}, expected a float tensor (batch, channels, height, width)"
+        )
+    if images.shape[1] != backbone.channels:
+        raise InputError(f"pixel_values: got {images.shape[1]} channels, expected {backbone.channels}")
+    height, width = backbone.image_size
+    if not (backbone.family.any_size or interpolate or tuple(images.shape[2:]) == (height, width)):
+        raise InputError(
+            f"pixel_values: got {images.shape[2]} x {images.shape[3]} pixels, expected {height} x {width}; "
+            "let the processor resize the images, or pass interpolate_pos_encoding=True"
+        )
+    return images
+
+
+def check_labels(labels: Any, batch: int, classes: int) -> None:
+    """Raise `InputError` unless `labels` are the class indices of a batch, (batch,).
+
+    On an accelerator their range is left unchecked, as a look at it would wait for the device; `memtune.fit` checks it
+    before the batch is moved there.
+    """
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or tuple(labels.shape) != (batch,):
+        raise InputError(f"labels: got {_describe(labels)}, expected a tensor of {batch} class indices")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_label_range(labels, classes)
+
+
+def check_label_range(labels: Tensor, classes: int) -> None:
+    """Raise `InputError` if a label is not the index of a class (-100, which the loss ignores, is allowed)."""
+    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != -100)]
+    if wrong.numel():
+        raise InputError(f"labels: got {sorted(set(wrong.tolist()))}, expected class indices from 0 to {classes - 1}")
+
+
+def _describe(value: Any) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
