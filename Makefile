@@ -62,6 +62,6 @@ $(ENVIRONMENTS:%=.venv/%.stamp): .venv/%.stamp: .venv/%.key pyproject.toml $(CON
 	@echo "Setting up .venv/$* (the first time takes some minutes)"
 	@test -e $@ || $(PYTHON) -m venv --clear .venv/$*
 	@rm -f $@
-	.venv/$*/bin/python -m pip install --quiet --no-input --disable-pip-version-check \
+	.venv/$*/bin/python -m pip install -qq --no-input --disable-pip-version-check \
 		$(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[$(EXTRAS_$*)]' </dev/null
 	@touch $@

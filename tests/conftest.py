@@ -23,9 +23,14 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+# The same examples on every run; no deadline, since a busy machine is no bug.
+hypothesis.settings.register_profile("memtune", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("memtune")
 
 SHARED = Path(os.environ.get("MEMTUNE_SHARED") or Path(__file__).parents[2] / "shared")
 

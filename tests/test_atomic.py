@@ -1,4 +1,3 @@
-import os
 import random
 import signal
 import subprocess
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from memtune import atomic
 from memtune.atomic import current, replace_files
 
 NAMES = ["a.json", "b.bin", "c.md"]
@@ -15,7 +15,9 @@ NAMES = ["a.json", "b.bin", "c.md"]
 WRITER = """
 import sys
 from pathlib import Path
-from memtune.atomic import replace_files
+
+sys.path.insert(0, sys.argv[2])  # the module alone, as it needs nothing of the package that takes seconds to import
+from atomic import replace_files
 
 folder = Path(sys.argv[1])
 print("ready", flush=True)
@@ -79,12 +81,11 @@ def test_a_commit_counts_from_its_rename_on(tmp_path, monkeypatch, moved):
 
 def test_a_killed_writer_never_leaves_a_mixture(tmp_path):
     """Kill a process that saves without a pause, at random moments; whatever it leaves is one save, whole."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     pause = random.Random(0)
     write(tmp_path, "0 ")
-    for _ in range(5):
-        command = [sys.executable, "-c", WRITER, str(tmp_path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as writer:
+    for _ in range(20):
+        command = [sys.executable, "-c", WRITER, str(tmp_path), str(Path(atomic.__file__).parent)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
             writer.stdout.readline()
             time.sleep(pause.uniform(0.01, 0.3))
             writer.send_signal(signal.SIGKILL)
