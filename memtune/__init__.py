@@ -5,6 +5,9 @@ from .adapter import AdapterConfig as AdapterConfig
 from .errors import MemtuneError as MemtuneError
 from .methods import MemoryConfig as MemoryConfig
 from .registry import register_method as register_method
+from .training import TrainingConfig as TrainingConfig
+from .training import evaluate as evaluate
+from .training import fit as fit
 from .tuned import TunedModel as TunedModel
 from .tuned import load as load
 from .tuned import wrap as wrap

@@ -30,7 +30,8 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.blocks is None:
             return
-        if isinstance(self.blocks, str) or not all(isinstance(index, int) for index in self.blocks):
+        sequence = isinstance(self.blocks, Sequence) and not isinstance(self.blocks, str)
+        if not sequence or not all(type(index) is int for index in self.blocks):
             raise ConfigError(
                 f"blocks: got {self.blocks!r}, expected a sequence of block indices or None for all blocks"
             )
@@ -39,6 +40,19 @@ class AdapterConfig:
     def trains_class_token(self) -> bool:
         """Whether the task gets a class token of its own in unmasked mode too (in masked mode every task has one)."""
         return False
+
+    @classmethod
+    def adopt(cls, value: Any) -> AdapterConfig | None:
+        """The settings that a configuration of another library gives, or None where the method knows no such."""
+        return None
+
+    def for_mode(self, masked: bool) -> AdapterConfig:
+        """The settings with those filled in that depend on the mode.
+
+        Raises:
+            ConfigError: A setting is not possible in that mode.
+        """
+        return self
 
     def select(self, backbone: Backbone) -> list[Block]:
         """The blocks of a backbone that the method changes, in order.
@@ -97,3 +111,11 @@ class Adapter(nn.Module, ABC, Generic[ConfigT]):
     @abstractmethod
     def attach(self, stream: AdaptedStream | TaskStream) -> None:
         """Make a stream use this adapter by changing its view and its attention sites; the original stays as it is."""
+
+    def merge_into(self, backbone: Backbone) -> None:
+        """Write what the adapter does in unmasked mode into the weights of a backbone of its own (a copy).
+
+        Raises:
+            ConfigError: The method is not a change of weights.
+        """
+        raise ConfigError(f"the method {self.config.method!r} cannot be merged: it is not a change of weights")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,9 @@ KeyValueSource = Callable[[Block], tuple[Tensor, Tensor]]
 
 KeyValueReader = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Gives the trunk's keys and values as a task sees them, (batch, heads, tokens, head width) each, from its own."""
+
+KernelWrapper = Callable[..., tuple[Tensor, Tensor | None]]
+"""Takes an attention function and then its arguments (module, query, key, value, mask, ...), and runs it changed."""
 
 
 class TrunkBlock(NamedTuple):
@@ -65,13 +69,17 @@ class Site:
         self.block = block
         self.sources: list[KeyValueSource] = []
         self.readers: list[KeyValueReader] = []
+        self.wrappers: list[KernelWrapper] = []
         self.config = attention.config
         self.eager: Any = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
 
     def kernel(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        """The attention function that the backbone is set to at this moment."""
+        """The attention function that the backbone is set to at this moment, within the site's wrappers."""
         name = self.config._attn_implementation
-        return self.eager if name == "eager" else ALL_ATTENTION_FUNCTIONS.get_interface(name, self.eager)
+        kernel: Any = self.eager if name == "eager" else ALL_ATTENTION_FUNCTIONS.get_interface(name, self.eager)
+        for wrapper in self.wrappers:
+            kernel = partial(wrapper, kernel)
+        return kernel
 
     def further(self, batch: int, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values of all sources, expanded to the batch and cast to the dtype of `like`."""

@@ -10,6 +10,8 @@ from torch import Tensor
 from .backbones import Backbone
 from .errors import InputError
 
+_WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def check_images(images: Any, backbone: Backbone, *, interpolate: bool) -> Tensor:
     """Give images back that a backbone takes.
@@ -43,7 +45,7 @@ def check_labels(labels: Any, batch: int, classes: int) -> None:
     On an accelerator their range is left unchecked, as a look at it would wait for the device; `memtune.fit` checks it
     before the batch is moved there.
     """
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or tuple(labels.shape) != (batch,):
+    if not isinstance(labels, Tensor) or labels.dtype not in _WHOLE_NUMBERS or tuple(labels.shape) != (batch,):
         raise InputError(f"labels: got {_describe(labels)}, expected a tensor of {batch} class indices")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         check_label_range(labels, classes)

@@ -67,8 +67,21 @@ def read_config(values: Mapping[str, Any]) -> AdapterConfig:
     return find_method(values["method"]).config_class.from_dict(values)
 
 
+def as_config(value: Any) -> AdapterConfig:
+    """A configuration as it is, or what a method makes of another library's (such as `peft.LoraConfig`).
+
+    Raises:
+        ConfigError: No method knows the value, or the method cannot do what it asks for.
+    """
+    if isinstance(value, AdapterConfig):
+        return value
+    adopted = (adapter_class.config_class.adopt(value) for adapter_class in _METHODS.values())
+    config = next((config for config in adopted if config is not None), None)
+    if config is None:
+        raise ConfigError(f"got {value!r}, expected a configuration such as MemoryConfig(tokens=4)")
+    return config
+
+
 def create_adapter(config: AdapterConfig, backbone: Backbone) -> Adapter:
     """A new adapter with the method's initial values."""
-    if not isinstance(config, AdapterConfig):
-        raise ConfigError(f"got {config!r}, expected a configuration such as MemoryConfig(tokens=4)")
     return find_method(config.method)(config, backbone)

@@ -7,6 +7,7 @@ through the untouched blocks (the trunk), and the task token after them through 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,16 +18,29 @@ from .backbones import Backbone
 
 
 class AdaptedStream:
-    """Unmasked mode: one pass in which the adapter changes what all tokens see."""
+    """Unmasked mode: one pass in which the adapter changes what all tokens see.
+
+    Args:
+        backbone: The backbone.
+        checkpointing: Recompute blocks in the backward pass: the arguments of transformers' method that switches it on
+            for a model, those of torch's checkpoint function as `kwargs`; None to keep activations.
+    """
 
     masked = False
 
-    def __init__(self, backbone: Backbone, *, checkpointing: bool = False) -> None:
+    def __init__(self, backbone: Backbone, *, checkpointing: Mapping[str, Any] | None = None) -> None:
         self.view = backbone.view()
         self.sites: list[Site] = install(self.view, "memtune_adapted")
+        if checkpointing is None:
+            return
+        model: Any = self.view.model
+        options = dict(checkpointing)
+        # by its name in this release of transformers
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(options.pop("kwargs"), **options)
         for block in self.view.blocks:
             # transformers checkpoints a block only while it says that it trains; its children stay in evaluation mode.
-            block.module.training = checkpointing
+            block.module.training = True
 
     def features(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> Tensor:
         """Features (batch, width) of images (batch, channels, height, width)."""

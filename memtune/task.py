@@ -43,7 +43,7 @@ class Task(nn.Module):
             )
         self.labels = list(labels)
         self.masked = masked
-        self.adapters = nn.ModuleList(create_adapter(config, backbone) for config in configs)
+        self.adapters = nn.ModuleList(create_adapter(config.for_mode(masked), backbone) for config in configs)
         self.class_token = self._create_class_token(configs, backbone)
         self.head = nn.Linear(backbone.width, len(self.labels))
         nn.init.normal_(self.head.weight, std=HEAD_STD)

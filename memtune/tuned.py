@@ -19,8 +19,13 @@ from .backbones import Backbone
 from .checkpoint import check_backbone, load_recorded_backbone, read_folder, write_folder
 from .checks import check_images, check_labels
 from .errors import ConfigError, MemtuneError
+from .freezing import Hold
+from .registry import as_config
 from .streams import AdaptedStream, TaskStream, Trunk
 from .task import Task
+
+_VIEWS = ("_trunk", "_stream", "_described")
+"""What `TunedModel` builds anew when it is copied or changes its mode, and lacks when it is detached."""
 
 
 def wrap(
@@ -38,7 +43,7 @@ def wrap(
 
     Args:
         backbone: A transformers vision model, with or without a head of its own.
-        config: The method's settings, or one for each of several methods.
+        config: The method's settings, or one for each of several methods; a `peft.LoraConfig` is taken as well.
         labels: Names of the task's classes, in the order of the logits.
         num_labels: Their number, where they have no names (they are then called LABEL_0 ...).
         masked: Train in the task stream: the backbone's own answer stays as it is, and tasks can share its pass.
@@ -48,12 +53,8 @@ def wrap(
         UnsupportedBackboneError: The model has no supported vision tower, or cannot be used in masked mode.
         ConfigError: A setting is wrong, or does not fit the backbone. Nothing has been changed.
     """
-    configs = [config] if isinstance(config, AdapterConfig) else config
-    if not isinstance(configs, Sequence) or isinstance(configs, str):
-        raise ConfigError(
-            f"config: got {config!r}, expected a configuration such as MemoryConfig(tokens=4), or several"
-        )
-    task = Task(configs, _label_names(labels, num_labels), Backbone(backbone), masked)
+    several = config if isinstance(config, Sequence) and not isinstance(config, str) else [config]
+    task = Task([as_config(each) for each in several], _label_names(labels, num_labels), Backbone(backbone), masked)
     return TunedModel(backbone, task, processor=processor)
 
 
@@ -62,8 +63,8 @@ def _label_names(labels: Sequence[str] | None, num_labels: int | None) -> list[s
         if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
             raise ConfigError(f"num_labels: got {num_labels!r}; give labels=[...], or their number, 1 or more")
         return [f"LABEL_{index}" for index in range(num_labels)]
-    names = list(labels)
-    if isinstance(labels, str) or not names or not all(isinstance(name, str) and name for name in names):
+    names = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else []
+    if not names or not all(isinstance(name, str) and name for name in names):
         raise ConfigError(f"labels: got {labels!r}, expected a sequence of class names")
     if len(set(names)) < len(names):
         raise ConfigError(f"labels: {sorted({name for name in names if names.count(name) > 1})} stand there twice")
@@ -121,15 +122,16 @@ class TunedModel(nn.Module):
         self.config: Any = copy.deepcopy(backbone.config)
         self.config.id2label = dict(enumerate(task.labels))
         self.config.label2id = {label: index for index, label in enumerate(task.labels)}
-        self._thawed = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
-        self._was_training = backbone.training
-        self._checkpointing = False
+        self._checkpointing: dict[str, Any] | None = None
         self._enabled = True
-        backbone.requires_grad_(False)
+        self._loaded_prefix = ""
+        self._build()  # first, as it refuses a backbone that has no view
+        self._hold = Hold(backbone)
         self.task.to(device=backbone.device)
         self.register_state_dict_post_hook(_drop_backbone)
+        self.register_load_state_dict_pre_hook(_note_prefix)
         self.register_load_state_dict_post_hook(_forgive_backbone)
-        self.train(backbone.training)
+        self.train(self._hold.was_training)
 
     def _build(self) -> None:
         """Make the views that forward runs."""
@@ -138,7 +140,7 @@ class TunedModel(nn.Module):
         self._stream: AdaptedStream | TaskStream = (
             TaskStream(backbone)
             if self.task.masked
-            else AdaptedStream(backbone, checkpointing=self._checkpointing and self.training)
+            else AdaptedStream(backbone, checkpointing=self._checkpointing if self.training else None)
         )
         self.task.attach(self._stream)
         self._described = backbone
@@ -168,11 +170,12 @@ class TunedModel(nn.Module):
         pixel_values = check_images(pixel_values, self._described, interpolate=interpolate_pos_encoding)
         if not self._enabled:
             options = {} if self._described.family.any_size else {"interpolate_pos_encoding": interpolate_pos_encoding}
-            return self.backbone(pixel_values, **options)
+            images_alone = self.backbone.main_input_name == "pixel_values"
+            return (self.backbone if images_alone else self._described.tower)(pixel_values=pixel_values, **options)
         if labels is not None:
             check_labels(labels, pixel_values.shape[0], len(self.task.labels))
         logits = self.task.logits(self.features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
-        loss = None if labels is None else cross_entropy(logits, labels)
+        loss = None if labels is None else cross_entropy(logits, labels.long())
         output = ImageClassifierOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
 
@@ -193,19 +196,29 @@ class TunedModel(nn.Module):
         self._build()
         return self
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute blocks in the backward pass to save memory (masked mode has nothing to recompute)."""
-        _checkpointing(self.backbone, "enable")(activation_checkpointing_kwargs or {"use_reentrant": False})
-        self._checkpointing = True
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Recompute blocks in the backward pass to save memory (masked mode has nothing to recompute).
+
+        Args:
+            activation_checkpointing_kwargs: Arguments of `torch.utils.checkpoint.checkpoint`.
+            options: Those of the method of this name of transformers' models, such as `every_n_layers`.
+        """
+        self._checkpointing = {"kwargs": activation_checkpointing_kwargs or {"use_reentrant": False}, **options}
         self._build()
 
     def activation_checkpointing_disable(self) -> None:
         """Keep activations again."""
-        _checkpointing(self.backbone, "disable")()
-        self._checkpointing = False
+        self._checkpointing = None
         self._build()
 
-    gradient_checkpointing_enable = activation_checkpointing_enable
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
     gradient_checkpointing_disable = activation_checkpointing_disable
 
     @contextmanager
@@ -241,13 +254,12 @@ class TunedModel(nn.Module):
         """Give the backbone back as it was before `wrap`, and end this model.
 
         Returns:
-            The backbone, with the parameters trainable that were so, and in the mode it was in.
+            The backbone, with the parameters trainable that were so, and in the mode it was in; while another tuned
+            model uses it, it stays frozen.
         """
         backbone = self.backbone
-        for name, parameter in backbone.named_parameters():
-            parameter.requires_grad_(name in self._thawed)
-        backbone.train(self._was_training)
-        self.__dict__["_modules"] = {}
+        self._hold.release(backbone)
+        self.__dict__ = self.__getstate__() | {"_modules": {}}
         return backbone
 
     @property
@@ -282,23 +294,17 @@ class TunedModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("backbone", "task"):
+            if name in ("backbone", "task", *_VIEWS):
                 raise MemtuneError("this model has been detached from its backbone; wrap the backbone again") from None
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_trunk", "_stream", "_described")}
+        return {name: value for name, value in self.__dict__.items() if name not in _VIEWS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._build()
-
-
-def _checkpointing(backbone: nn.Module, verb: str) -> Any:
-    """The backbone's method that switches checkpointing, by its name in this release of transformers."""
-    return getattr(backbone, f"activation_checkpointing_{verb}", None) or getattr(
-        backbone, f"gradient_checkpointing_{verb}"
-    )
+        self._hold.join(self.backbone)
 
 
 def _drop_backbone(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -307,5 +313,11 @@ def _drop_backbone(module: nn.Module, state: dict[str, Any], prefix: str, metada
         del state[key]
 
 
-def _forgive_backbone(module: nn.Module, incompatible: Any) -> None:
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith("backbone.")]
+def _note_prefix(module: Any, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
+    module._loaded_prefix = prefix
+
+
+def _forgive_backbone(module: Any, incompatible: Any) -> None:
+    frozen = f"{module._loaded_prefix}backbone."
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(frozen)]
+    module._build()  # tensors that were assigned, not copied, are new ones

@@ -49,6 +49,8 @@ class MemoryConfig(AdapterConfig):
             raise ConfigError(f"tokens: got {self.tokens!r}, expected a whole number of memory tokens, 0 or more")
         if not isinstance(self.init_std, (int, float)) or not 0 <= self.init_std < float("inf"):
             raise ConfigError(f"init_std: got {self.init_std!r}, expected a standard deviation, 0 or more")
+        if not isinstance(self.class_token, bool):
+            raise ConfigError(f"class_token: got {self.class_token!r}, expected True or False")
 
     def trains_class_token(self) -> bool:
         """As the settings say; the paper does."""

@@ -1,0 +1,308 @@
+"""Low-rank adaptation.
+
+"LoRA: Low-Rank Adaptation of Large Language Models" (Hu et al., ICLR 2022, https://arxiv.org/abs/2106.09685), on the
+layers of `peft`, which also have DoRA (https://arxiv.org/abs/2402.09353) and rsLoRA (https://arxiv.org/abs/2312.03732).
+
+Unmasked, a linear layer W in a chosen role becomes
+
+    y = W x + b + s B A x,    A (r, d_in), B (d_out, r), s = alpha / r (rsLoRA: alpha / sqrt(r))
+
+Masked (ours), the task token's query, out, fc1 and fc2 are changed in this way, and the keys and values that it sees
+are made of the trunk's own, which stay as they are:
+
+    K' = K + s (K A^T) B^T,    V' = V + s (V A^T) B^T,    K and V with all heads side by side, (tokens, width)
+
+Parameters: r (d_in + d_out) for each block and role; DoRA adds d_out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+import peft
+import torch
+from peft.tuners.lora import LoraModel
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from ..adapter import Adapter, AdapterConfig
+from ..backbones import Backbone
+from ..errors import ConfigError
+from ..peft_names import LINEAR_ROLES, roles_of_targets
+from ..registry import register_method
+from ..streams import AdaptedStream, TaskStream
+from ..views import shadow
+
+UNMASKED_ROLES = ("query", "value")
+"""Section 4.2 of the paper adapts these two."""
+
+INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+"""Those of peft's that need no data and leave the frozen weight as it is."""
+
+_NAME = "default"
+"""What peft calls the one adapter of a layer."""
+
+_READ_FROM_PEFT = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
+_ELSEWHERE_IN_PEFT = {"target_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
+_NO_SETTING_IN_PEFT = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "megatron_core", "qalora_group_size", "runtime_config"),
+}
+
+
+@dataclass(frozen=True)
+class LoraConfig(AdapterConfig):
+    """Settings of LoRA; names, meanings and defaults are those of `peft.LoraConfig`.
+
+    Args:
+        r: The rank.
+        lora_alpha: The update is scaled by lora_alpha / r. 8, as in peft, whatever the rank is.
+        roles: The linear layers to change, of `query`, `key`, `value`, `out`, `fc1`, `fc2`. None for query and value
+            in unmasked mode, for all six in masked mode.
+        lora_dropout: Probability of dropping a value of the input of A while training.
+        use_rslora: Scale by lora_alpha / sqrt(r).
+        use_dora: Train the length of each row of the changed weight too (in masked mode not for key and value).
+        init_lora_weights: True for a uniform A, "gaussian" for a normal one, both with B = 0; "orthogonal" for A and B
+            whose product is 0; False for a random product (to test).
+        blocks: Indices of the blocks to change; None for all.
+    """
+
+    method: ClassVar[str] = "lora"
+
+    r: int = 8
+    lora_alpha: float = 8
+    roles: Sequence[str] | None = None
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            raise ConfigError(f"r: got {self.r!r}, expected a rank, a whole number from 1 on")
+        if not _is_number(self.lora_alpha) or not 0 < self.lora_alpha < math.inf:
+            raise ConfigError(f"lora_alpha: got {self.lora_alpha!r}, expected a number above 0")
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout: got {self.lora_dropout!r}, expected a probability below 1")
+        for name in ("use_rslora", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected True or False")
+        if type(self.init_lora_weights) not in (bool, str) or self.init_lora_weights not in INITIALISATIONS:
+            raise ConfigError(
+                f"init_lora_weights: got {self.init_lora_weights!r}, expected one of {INITIALISATIONS}; peft's others "
+                "change the frozen weight or need data"
+            )
+        if self.init_lora_weights == "orthogonal" and self.r % 2:
+            raise ConfigError(f"r: got {self.r}; init_lora_weights='orthogonal' takes an even rank")
+        if self.roles is not None:
+            object.__setattr__(self, "roles", _check_roles(self.roles))
+
+    @classmethod
+    def adopt(cls, value: Any) -> AdapterConfig | None:
+        """Take a `peft.LoraConfig`."""
+        return cls.from_peft(value) if isinstance(value, peft.LoraConfig) else None
+
+    @classmethod
+    def from_peft(cls, config: peft.LoraConfig) -> LoraConfig:
+        """The settings that a `peft.LoraConfig` gives.
+
+        `target_modules`, in names of transformers 4 or 5, stands for roles; `modules_to_save` may name the head, which
+        memtune always trains.
+
+        Raises:
+            ConfigError: It asks for something that memtune has not, or that cannot be told without the model.
+        """
+        defaults = peft.LoraConfig()
+        kept = {*_READ_FROM_PEFT, *_ELSEWHERE_IN_PEFT, *_NO_SETTING_IN_PEFT}
+        asked = {each.name: getattr(config, each.name) for each in fields(config) if each.name not in kept}
+        other = {name: value for name, value in asked.items() if value and value != getattr(defaults, name, None)}
+        if saved := set(config.modules_to_save or ()) - {"classifier", "head"}:
+            other["modules_to_save"] = sorted(saved)
+        if other:
+            raise ConfigError(f"peft.LoraConfig: memtune has nothing for {other}; leave these settings out")
+        layers = config.layers_to_transform
+        return cls(
+            **{name: getattr(config, name) for name in _READ_FROM_PEFT},
+            roles=roles_of_targets(config.target_modules),
+            blocks=[layers] if isinstance(layers, int) else layers,
+        )
+
+    def to_peft(self, **settings: Any) -> peft.LoraConfig:
+        """The same as a `peft.LoraConfig`, with further settings such as `target_modules`."""
+        return peft.LoraConfig(**{name: getattr(self, name) for name in _READ_FROM_PEFT}, **settings)
+
+    def for_mode(self, masked: bool) -> LoraConfig:
+        """Fill in the roles."""
+        roles = self.roles or (LINEAR_ROLES if masked else UNMASKED_ROLES)
+        if masked and self.use_dora and {"key", "value"} & set(roles):
+            raise ConfigError(
+                "use_dora: in masked mode the keys and values that the task sees have no weight whose rows DoRA could "
+                "scale; give roles=('query', 'out', 'fc1', 'fc2'), or leave use_dora out"
+            )
+        return replace(self, roles=roles)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_roles(roles: Any) -> tuple[str, ...]:
+    given = list(roles) if isinstance(roles, Sequence) and not isinstance(roles, str) else []
+    if not given or len(set(given)) < len(given) or not set(given) <= set(LINEAR_ROLES):
+        raise ConfigError(f"roles: got {roles!r}, expected some of {LINEAR_ROLES}, each once, or None")
+    return tuple(role for role in LINEAR_ROLES if role in given)
+
+
+class LowRank(nn.Module):
+    """The update of one role of one block: A, B and, with DoRA, the lengths of the rows.
+
+    Args:
+        base: The linear layer in that role.
+        config: The settings.
+    """
+
+    def __init__(self, base: nn.Module, config: LoraConfig) -> None:
+        super().__init__()
+        layer = _peft_layer(base, config)
+        self.scaling: float = layer.scaling[_NAME]
+        self.lora_A = nn.Parameter(layer.lora_A[_NAME].weight.detach().float())
+        self.lora_B = nn.Parameter(layer.lora_B[_NAME].weight.detach().float())
+        self.lora_dropout = layer.lora_dropout[_NAME]
+        if config.use_dora:
+            # Again, since A and B now have full precision, which the lengths of an unchanged weight must have too.
+            lengths = layer.lora_magnitude_vector[_NAME]
+            lengths.update_layer(
+                base_layer=layer.get_base_layer(), lora_A=self.lora_A, lora_B=self.lora_B, scaling=self.scaling
+            )
+            self.lora_magnitude = nn.Parameter(lengths.weight.detach().float())
+        del layer._modules["base_layer"]  # the backbone's; a layer for any view of it is made from this one by `on`
+        self._layer = (layer,)  # in a tuple, so that its parameters count once
+
+    def on(self, base: nn.Module) -> Any:
+        """The layer of `peft` with these parameters, around the linear layer of a view."""
+        layer: Any = shadow(self._layer[0])
+        layer.base_layer = base
+        layer.merged_adapters, layer._caches = [], {}
+        layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight = self.lora_A, self.lora_B
+        layer.lora_dropout[_NAME] = self.lora_dropout
+        if layer.lora_magnitude_vector:
+            layer.lora_magnitude_vector[_NAME].weight = self.lora_magnitude
+        layer.training = self.training
+        return layer
+
+    def reduce(self, states: Tensor) -> Tensor:
+        """A applied to keys or values: (batch, heads, tokens, head width) to (batch, heads, tokens, r), heads alike."""
+        heads = states.shape[1]
+        down = self.lora_A.unflatten(1, (heads, -1)).permute(1, 2, 0)  # (heads, head width, r)
+        states = self.lora_dropout(states[..., : down.shape[1]]).to(down.dtype)
+        return (states @ down).sum(dim=1, keepdim=True).expand(-1, heads, -1, -1)
+
+    def up(self, heads: int) -> Tensor:
+        """The scaled B by heads, (heads, head width, r)."""
+        return self.lora_B.unflatten(0, (heads, -1)) * self.scaling
+
+
+def _peft_layer(base: nn.Module, config: LoraConfig) -> Any:
+    """The LoRA layer of `peft` for a linear layer, which may be one of bitsandbytes'."""
+    kind = {"loaded_in_8bit": True, "loaded_in_4bit": True}
+    settings = config.to_peft()
+    return LoraModel._create_new_module(settings, _NAME, base, r=config.r, lora_alpha=config.lora_alpha, **kind)
+
+
+class SeenKeysValues:
+    """Lets a task's attention see K' and V' without computing them.
+
+    The task token has one query in each head h, so that the updates need only be known in the r dimensions of A:
+
+        q_h K'_h^T = q_h K_h^T + (s q_h B_h) (K A^T)^T,    p V'_h = p V_h + s (p (V A^T)) B_h^T
+
+    The kernel runs on heads that are r wider. For N tokens of width D this takes 2 N D r multiply-adds, and K' and V'
+    themselves 4 N D r. (To fold A into the query and the context as well takes 2 N D H for H heads, so it is cheaper
+    where H < r, but it needs the kernel's probabilities.)
+
+    Args:
+        key: The update of the keys, or None.
+        value: The update of the values, or None.
+    """
+
+    def __init__(self, key: LowRank | None, value: LowRank | None) -> None:
+        self.key = key
+        self.value = value
+
+    def __call__(
+        self,
+        kernel: Callable[..., Any],
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run an attention function on query, key and value, each (batch, heads, tokens, head width)."""
+        if kwargs.get("scaling") is None:
+            kwargs["scaling"] = query.shape[-1] ** -0.5  # a kernel would take that of the wider heads
+        if self.key is not None:
+            up = self.key.up(query.shape[1])
+            asked = query[..., : up.shape[1]].to(up.dtype) @ up  # (batch, heads, queries, r)
+            query = torch.cat([query, asked.to(query.dtype)], dim=-1)
+            key = torch.cat([key, self.key.reduce(key).to(key.dtype)], dim=-1)
+        if self.value is None:
+            return kernel(module, query, key, value, *args, **kwargs)
+        width = value.shape[-1]
+        value = torch.cat([value, self.value.reduce(value).to(value.dtype)], dim=-1)
+        context, weights = kernel(module, query, key, value, *args, **kwargs)  # (batch, queries, heads, width + r)
+        up = self.value.up(context.shape[2])
+        update = (context[..., width:].to(up.dtype).unsqueeze(-2) @ up.mT).squeeze(-2).to(context.dtype)
+        return context[..., :width] + pad(update, (0, width - update.shape[-1])), weights
+
+
+@register_method
+class LoraAdapter(Adapter[LoraConfig]):
+    """Low-rank updates of the linear layers of one backbone's blocks."""
+
+    config_class = LoraConfig
+
+    def __init__(self, config: LoraConfig, backbone: Backbone) -> None:
+        config = config if config.roles else config.for_mode(masked=False)
+        super().__init__(config, backbone)
+        self.blocks = nn.ModuleDict(
+            {
+                str(block.index): nn.ModuleDict({role: LowRank(block[role], config) for role in config.roles or ()})
+                for block in config.select(backbone)
+            }
+        )
+
+    def _updates(self) -> list[tuple[int, dict[str, LowRank]]]:
+        """For each block its index and its updates by role."""
+        return [(int(index), dict(roles.items())) for index, roles in self.blocks.items()]  # type: ignore[attr-defined]
+
+    def attach(self, stream: AdaptedStream | TaskStream) -> None:
+        """Put the updates around the view's linear layers; masked, those of keys and values around the kernel."""
+        for index, updates in self._updates():
+            if stream.masked and {"key", "value"} & updates.keys():
+                seen = SeenKeysValues(updates.pop("key", None), updates.pop("value", None))
+                stream.sites[index].wrappers.append(seen)
+            block = stream.view.blocks[index]
+            for role, update in updates.items():
+                block.replace(role, update.on(block[role]))
+
+    def merge_into(self, backbone: Backbone) -> None:
+        """Add the updates to the weights.
+
+        Raises:
+            ConfigError: A weight is quantised.
+        """
+        for index, updates in self._updates():
+            for role, update in updates.items():
+                base = backbone.blocks[index][role]
+                if not base.weight.is_floating_point():
+                    raise ConfigError(
+                        f"blocks.{index}.{role} is quantised ({type(base).__name__}): merging would round the update "
+                        "away; load the backbone in full precision and merge there"
+                    )
+                update.on(base).merge(safe_merge=True)

@@ -1,0 +1,282 @@
+"""One training loop on Accelerate: a CPU, a GPU or many, by how the program is launched."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+from .data import Collator, as_items
+from .errors import ConfigError
+from .metrics import Accuracy
+from .tuned import TunedModel
+
+logger = logging.getLogger(__name__)
+
+_CHOICES = {
+    "optim": ("adamw", "sgd"),
+    "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup"),
+    "mixed_precision": ("no", "bf16", "fp16"),
+    "on_error": ("raise", "skip"),
+}
+_WHOLE = {"per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"}
+_SHARES = {"warmup_ratio", "label_smoothing_factor", "momentum"}
+_NOT_NEGATIVE = {"learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "dataloader_num_workers"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Settings of `fit`; names and meanings are those of `transformers.TrainingArguments` where it has them.
+
+    Args:
+        num_train_epochs: Passes over the training images; a fraction is allowed.
+        max_steps: Steps of the optimizer in place of epochs; -1 for epochs.
+        per_device_train_batch_size: Images a step on each device.
+        per_device_eval_batch_size: The same in evaluation.
+        gradient_accumulation_steps: Batches whose gradients make one step.
+        optim: "adamw" or "sgd".
+        learning_rate: The highest learning rate.
+        weight_decay: On all trained values but biases.
+        momentum: Of SGD.
+        warmup_ratio: Share of the steps in which the learning rate rises to its highest.
+        lr_scheduler_type: How it falls afterwards.
+        max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
+        label_smoothing_factor: Share of the target that is spread over all classes.
+        mixed_precision: "no", "bf16" or "fp16".
+        image_size: Height and width in pixels to train at, in place of the processor's; positions are interpolated.
+        on_error: "raise" at an image that cannot be read, or "skip" it.
+        dataloader_num_workers: Processes that read images; 0 for none beside this one.
+        seed: Of the order of the images and of everything random in training.
+        disable_tqdm: No progress bar.
+
+    Raises:
+        ConfigError: A setting is wrong.
+    """
+
+    num_train_epochs: float = 10
+    max_steps: int = -1
+    per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    optim: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 5e-3
+    weight_decay: float = 0.01
+    momentum: float = 0.9
+    warmup_ratio: float = 0.1
+    lr_scheduler_type: str = "cosine"
+    max_grad_norm: float = 1.0
+    label_smoothing_factor: float = 0.0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    image_size: int | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+    dataloader_num_workers: int = 0
+    seed: int = 42
+    disable_tqdm: bool = False
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            problem = _problem(each.name, getattr(self, each.name))
+            if problem:
+                raise ConfigError(f"{each.name}: got {getattr(self, each.name)!r}, expected {problem}")
+
+
+def _problem(name: str, value: Any) -> str | None:
+    """What was expected of a setting, if its value is wrong."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if name in _CHOICES:
+        return None if value in _CHOICES[name] else f"one of {_CHOICES[name]}"
+    if name in _WHOLE or (name == "image_size" and value is not None):
+        return None if number and value == int(value) and value >= 1 else "a whole number, 1 or more"
+    if name in _SHARES:
+        return None if number and 0 <= value < 1 else "a number from 0 to below 1"
+    if name in _NOT_NEGATIVE:
+        return None if number and value >= 0 else "a number, 0 or more"
+    if name == "max_steps":
+        return None if number and (value == -1 or value >= 1) else "a number of steps, or -1"
+    return None
+
+
+@dataclass
+class TrainingResult:
+    """What a run did.
+
+    Attributes:
+        history: For each epoch `epoch`, `loss`, `learning_rate`, `seconds`, and what evaluation gave as `eval_...`.
+        steps: Steps of the optimizer.
+        seconds: The whole run.
+    """
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0
+
+
+def fit(
+    model: TunedModel, train_dataset: Any, eval_dataset: Any = None, config: TrainingConfig | None = None
+) -> TrainingResult:
+    """Train a model's adapter.
+
+    Args:
+        model: The model; it is left in evaluation mode, on the device it was trained on.
+        train_dataset: A `datasets.Dataset` with the columns `image` and `label`, which go through the model's
+            processor, or any indexable data set of `{"pixel_values": (channels, height, width), "labels": int}`.
+        eval_dataset: The same; evaluated after each epoch.
+        config: The settings.
+
+    Raises:
+        InputError: A data set, an image or a label is wrong.
+    """
+    config = config or TrainingConfig()
+    set_seed(config.seed)
+    loader = _loader(model, train_dataset, config, training=True)
+    eval_loader = None if eval_dataset is None else _loader(model, eval_dataset, config, training=False)
+    accelerator = _accelerator(config)
+    optimizer = _optimizer(model, config)
+    prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    steps = _total_steps(len(loader), config)
+    schedule = get_scheduler(config.lr_scheduler_type, optimizer, math.ceil(config.warmup_ratio * steps), steps)
+    result, start = TrainingResult(), time.perf_counter()
+    try:
+        with tqdm(total=steps, disable=config.disable_tqdm or not accelerator.is_main_process, unit="step") as bar:
+            while result.steps < steps:
+                began = time.perf_counter()
+                model.train()
+                losses = _train_epoch(accelerator, prepared, optimizer, schedule, loader, config, steps, result, bar)
+                entry = {
+                    "epoch": float(len(result.history) + 1),
+                    "loss": losses,
+                    "learning_rate": schedule.get_last_lr()[0],
+                }
+                entry["seconds"] = time.perf_counter() - began
+                if eval_loader is not None:
+                    scores = _evaluate(accelerator, prepared, accelerator.prepare(eval_loader), config)
+                    entry |= {f"eval_{name}": value for name, value in scores.items()}
+                result.history.append(entry)
+                bar.set_postfix({name: f"{value:.4g}" for name, value in entry.items() if name != "seconds"})
+                logger.info("%s", entry)
+    finally:
+        accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        model.eval()
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+def evaluate(model: TunedModel, dataset: Any, config: TrainingConfig | None = None) -> dict[str, float]:
+    """The `accuracy` and mean `loss` of a model on a data set (see `fit`), its mode left as it was.
+
+    Each image counts exactly once, on any number of devices.
+    """
+    config = config or TrainingConfig(disable_tqdm=True)
+    accelerator = _accelerator(config)
+    prepared, loader = accelerator.prepare(model, _loader(model, dataset, config, training=False))
+    training = model.training
+    try:
+        return _evaluate(accelerator, prepared, loader, config)
+    finally:
+        accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        if training:
+            model.train()
+
+
+def _accelerator(config: TrainingConfig) -> Accelerator:
+    # Accelerate keeps the precision of a process's first accelerator, and refuses another one.
+    if AcceleratorState._shared_state.get("_mixed_precision", config.mixed_precision) != config.mixed_precision:
+        AcceleratorState._reset_state()
+    return Accelerator(
+        mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
+    )
+
+
+def _loader(model: TunedModel, dataset: Any, config: TrainingConfig, *, training: bool) -> DataLoader:
+    items = as_items(dataset, model.processor, config.image_size, config.on_error)
+    return DataLoader(
+        items,
+        batch_size=config.per_device_train_batch_size if training else config.per_device_eval_batch_size,
+        shuffle=training,
+        generator=torch.Generator().manual_seed(config.seed) if training else None,
+        collate_fn=Collator(len(model.task.labels)),
+        num_workers=config.dataloader_num_workers,
+    )
+
+
+def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for name, parameter in trained if not name.endswith("bias")]},
+        {"params": [parameter for name, parameter in trained if name.endswith("bias")], "weight_decay": 0.0},
+    ]
+    if config.optim == "sgd":
+        return torch.optim.SGD(groups, config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, config.learning_rate, weight_decay=config.weight_decay)
+
+
+def _total_steps(batches: int, config: TrainingConfig) -> int:
+    an_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+    return config.max_steps if config.max_steps > 0 else math.ceil(an_epoch * config.num_train_epochs)
+
+
+def _loss(logits: Tensor, labels: Tensor, config: TrainingConfig) -> Tensor:
+    return cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing_factor)
+
+
+def _forward(model: nn.Module, batch: dict[str, Tensor], config: TrainingConfig) -> Tensor:
+    return model(pixel_values=batch["pixel_values"], interpolate_pos_encoding=config.image_size is not None).logits
+
+
+def _train_epoch(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Any,
+    schedule: Any,
+    loader: Any,
+    config: TrainingConfig,
+    steps: int,
+    result: TrainingResult,
+    bar: tqdm,
+) -> float:
+    """Train until the data or the steps end; gives the mean loss on all devices."""
+    total, images = torch.zeros((), device=accelerator.device), 0
+    for batch in loader:
+        with accelerator.accumulate(model):
+            loss = _loss(_forward(model, batch, config), batch["labels"], config)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and config.max_grad_norm:
+                accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        total, images = total + loss.detach() * len(batch["labels"]), images + len(batch["labels"])
+        if accelerator.sync_gradients:
+            if not optimizer.step_was_skipped:
+                schedule.step()
+            result.steps += 1
+            bar.update()
+            if result.steps == steps:
+                break
+    summed = accelerator.reduce(torch.stack([total, torch.tensor(float(images), device=accelerator.device)]))
+    assert isinstance(summed, Tensor)
+    return (summed[0] / summed[1]).item()
+
+
+@torch.no_grad()
+def _evaluate(accelerator: Accelerator, model: nn.Module, loader: Any, config: TrainingConfig) -> dict[str, float]:
+    model.eval()
+    accuracy, losses = Accuracy(), []
+    for batch in loader:
+        logits, labels = accelerator.gather_for_metrics((_forward(model, batch, config), batch["labels"]))
+        accuracy.add_batch(predictions=logits.argmax(dim=-1).cpu(), references=labels.cpu())
+        losses.append(cross_entropy(logits.float(), labels, reduction="none").cpu())
+    scores = accuracy.compute()
+    assert scores is not None
+    return {"accuracy": scores["accuracy"], "loss": torch.cat(losses).mean().item()}

@@ -1,0 +1,68 @@
+"""examples/finetune.py as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+import memtune
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "finetune.py"
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A backbone and images of three colours, in folders."""
+    folder = tmp_path_factory.mktemp("material")
+    ViTForImageClassification(ViTConfig(**SHAPE, image_size=32, patch_size=8)).save_pretrained(folder / "backbone")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder / "backbone")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 7)):
+        for channel, name in enumerate(("red", "green", "blue")):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 120, (32, 32, 3), dtype=np.uint8)
+                pixels[..., channel] += 100
+                Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
+    return folder
+
+
+def finetune(material, output, *arguments, launch=(), **environment):
+    command = [sys.executable, *launch, str(EXAMPLE), "--model_name_or_path", str(material / "backbone")]
+    command += ["--train_dir", str(material / "train"), "--validation_dir", str(material / "test")]
+    command += ["--output_dir", str(output), "--num_train_epochs", "10", "--learning_rate", "0.02", *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | environment, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((output / "all_results.json").read_text())
+
+
+@pytest.mark.parametrize("arguments", [["--tokens", "2"], ["--masked", "--image_size", "64"], ["--method", "head"]])
+def test_one_process(material, tmp_path, arguments):
+    results = finetune(material, tmp_path, *arguments)
+    assert results["eval_accuracy"] > 0.8
+    assert results["eval_samples"] == 21
+    model = memtune.load(tmp_path)
+    assert model.task.labels == ["blue", "green", "red"]
+    assert model.task.masked == ("--masked" in arguments)
+
+
+def test_two_processes_reach_the_accuracy_of_one(material, tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    one = finetune(material, tmp_path / "one", "--per_device_train_batch_size", "8")
+    two = finetune(material, tmp_path / "two", "--per_device_train_batch_size", "4", launch=launch, OMP_NUM_THREADS="1")
+    assert two["num_processes"] == 2
+    assert two["eval_samples"] == 21
+    assert abs(one["eval_accuracy"] - two["eval_accuracy"]) <= 2 / 21
+    assert memtune.load(tmp_path / "two").task.labels == ["blue", "green", "red"]
