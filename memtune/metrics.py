@@ -13,8 +13,8 @@ from transformers import EvalPrediction
 class Accuracy(evaluate.Metric):
     """The share of predictions that are right. `compute(predictions=, references=)` takes class indices."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{"keep_in_memory": True} | kwargs)
+    def __init__(self, *, keep_in_memory: bool = True, **kwargs: Any) -> None:
+        super().__init__(keep_in_memory=keep_in_memory, **kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
         integer = datasets.Value("int64")
@@ -25,7 +25,7 @@ class Accuracy(evaluate.Metric):
             features=datasets.Features({"predictions": integer, "references": integer}),
         )
 
-    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
+    def _compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
         return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 

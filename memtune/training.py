@@ -94,17 +94,18 @@ class TrainingConfig:
 
 def _problem(name: str, value: Any) -> str | None:
     """What was expected of a setting, if its value is wrong."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if name in _CHOICES:
         return None if value in _CHOICES[name] else f"one of {_CHOICES[name]}"
+    given = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = float(value) if given else math.nan  # which no comparison below holds for
     if name in _WHOLE or (name == "image_size" and value is not None):
-        return None if number and value == int(value) and value >= 1 else "a whole number, 1 or more"
+        return None if number >= 1 and number.is_integer() else "a whole number, 1 or more"
     if name in _SHARES:
-        return None if number and 0 <= value < 1 else "a number from 0 to below 1"
+        return None if 0 <= number < 1 else "a number from 0 to below 1"
     if name in _NOT_NEGATIVE:
-        return None if number and value >= 0 else "a number, 0 or more"
+        return None if number >= 0 else "a number, 0 or more"
     if name == "max_steps":
-        return None if number and (value == -1 or value >= 1) else "a number of steps, or -1"
+        return None if number == -1 or number >= 1 else "a number of steps, or -1"
     return None
 
 
@@ -140,37 +141,79 @@ def fit(
     """
     config = config or TrainingConfig()
     set_seed(config.seed)
-    loader = _loader(model, train_dataset, config, training=True)
     eval_loader = None if eval_dataset is None else _loader(model, eval_dataset, config, training=False)
-    accelerator = _accelerator(config)
-    optimizer = _optimizer(model, config)
-    prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    steps = _total_steps(len(loader), config)
-    schedule = get_scheduler(config.lr_scheduler_type, optimizer, math.ceil(config.warmup_ratio * steps), steps)
-    result, start = TrainingResult(), time.perf_counter()
+    run = _Run(model, _loader(model, train_dataset, config, training=True), eval_loader, config)
+    start = time.perf_counter()
     try:
-        with tqdm(total=steps, disable=config.disable_tqdm or not accelerator.is_main_process, unit="step") as bar:
-            while result.steps < steps:
-                began = time.perf_counter()
-                model.train()
-                losses = _train_epoch(accelerator, prepared, optimizer, schedule, loader, config, steps, result, bar)
-                entry = {
-                    "epoch": float(len(result.history) + 1),
-                    "loss": losses,
-                    "learning_rate": schedule.get_last_lr()[0],
-                }
-                entry["seconds"] = time.perf_counter() - began
-                if eval_loader is not None:
-                    scores = _evaluate(accelerator, prepared, accelerator.prepare(eval_loader), config)
-                    entry |= {f"eval_{name}": value for name, value in scores.items()}
-                result.history.append(entry)
-                bar.set_postfix({name: f"{value:.4g}" for name, value in entry.items() if name != "seconds"})
-                logger.info("%s", entry)
+        while run.result.steps < run.steps:
+            model.train()
+            run.train_epoch()
     finally:
-        accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        run.close()
         model.eval()
-    result.seconds = time.perf_counter() - start
-    return result
+    run.result.seconds = time.perf_counter() - start
+    return run.result
+
+
+class _Run:
+    """One call of `fit`: what is prepared by Accelerate, and how far it has come."""
+
+    def __init__(
+        self, model: TunedModel, loader: DataLoader, eval_loader: DataLoader | None, config: TrainingConfig
+    ) -> None:
+        self.config = config
+        self.accelerator = _accelerator(config)
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(model, _optimizer(model, config), loader)
+        self.eval_loader = None if eval_loader is None else self.accelerator.prepare(eval_loader)
+        self.steps = _total_steps(len(self.loader), config)
+        warmup = math.ceil(config.warmup_ratio * self.steps)
+        self.schedule = get_scheduler(config.lr_scheduler_type, self.optimizer, warmup, self.steps)
+        self.result = TrainingResult()
+        quiet = config.disable_tqdm or not self.accelerator.is_main_process
+        self.bar = tqdm(total=self.steps, disable=quiet, unit="step")
+
+    def train_epoch(self) -> None:
+        """Train until the data or the steps end, evaluate, and write it down."""
+        start = time.perf_counter()
+        total, images = torch.zeros((), device=self.accelerator.device), 0
+        for batch in self.loader:
+            count = len(batch["labels"])
+            total, images = total + self._train_batch(batch) * count, images + count
+            if self.result.steps == self.steps:
+                break
+        sums = torch.stack([total, torch.tensor(float(images), device=self.accelerator.device)])
+        loss, images = self.accelerator.reduce(sums).tolist()  # type: ignore[union-attr]
+        entry = {"epoch": len(self.result.history) + 1.0, "loss": loss / images}
+        entry |= {"learning_rate": self.schedule.get_last_lr()[0], "seconds": time.perf_counter() - start}
+        if self.eval_loader is not None:
+            scores = _evaluate(self.accelerator, self.model, self.eval_loader, self.config)
+            entry |= {f"eval_{name}": value for name, value in scores.items()}
+        self.result.history.append(entry)
+        self.bar.set_postfix({name: f"{value:.4g}" for name, value in entry.items() if name != "seconds"})
+        logger.info("%s", entry)
+
+    def _train_batch(self, batch: dict[str, Tensor]) -> Tensor:
+        """Forward and backward over one batch, and a step when enough of them have come; gives the mean loss."""
+        with self.accelerator.accumulate(self.model):
+            logits = _forward(self.model, batch, self.config)
+            loss = cross_entropy(logits, batch["labels"], label_smoothing=self.config.label_smoothing_factor)
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients and self.config.max_grad_norm:
+                trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+                self.accelerator.clip_grad_norm_(trained, self.config.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if self.accelerator.sync_gradients:
+            if not self.optimizer.step_was_skipped:
+                self.schedule.step()
+            self.result.steps += 1
+            self.bar.update()
+        return loss.detach()
+
+    def close(self) -> None:
+        """Take off the model what Accelerate put on it."""
+        self.bar.close()
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
 
 def evaluate(model: TunedModel, dataset: Any, config: TrainingConfig | None = None) -> dict[str, float]:
@@ -227,46 +270,10 @@ def _total_steps(batches: int, config: TrainingConfig) -> int:
     return config.max_steps if config.max_steps > 0 else math.ceil(an_epoch * config.num_train_epochs)
 
 
-def _loss(logits: Tensor, labels: Tensor, config: TrainingConfig) -> Tensor:
-    return cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing_factor)
-
-
 def _forward(model: nn.Module, batch: dict[str, Tensor], config: TrainingConfig) -> Tensor:
-    return model(pixel_values=batch["pixel_values"], interpolate_pos_encoding=config.image_size is not None).logits
-
-
-def _train_epoch(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Any,
-    schedule: Any,
-    loader: Any,
-    config: TrainingConfig,
-    steps: int,
-    result: TrainingResult,
-    bar: tqdm,
-) -> float:
-    """Train until the data or the steps end; gives the mean loss on all devices."""
-    total, images = torch.zeros((), device=accelerator.device), 0
-    for batch in loader:
-        with accelerator.accumulate(model):
-            loss = _loss(_forward(model, batch, config), batch["labels"], config)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients and config.max_grad_norm:
-                accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        total, images = total + loss.detach() * len(batch["labels"]), images + len(batch["labels"])
-        if accelerator.sync_gradients:
-            if not optimizer.step_was_skipped:
-                schedule.step()
-            result.steps += 1
-            bar.update()
-            if result.steps == steps:
-                break
-    summed = accelerator.reduce(torch.stack([total, torch.tensor(float(images), device=accelerator.device)]))
-    assert isinstance(summed, Tensor)
-    return (summed[0] / summed[1]).item()
+    return model(
+        pixel_values=batch["pixel_values"], interpolate_pos_encoding=config.image_size is not None
+    ).logits.float()
 
 
 @torch.no_grad()
@@ -276,7 +283,7 @@ def _evaluate(accelerator: Accelerator, model: nn.Module, loader: Any, config: T
     for batch in loader:
         logits, labels = accelerator.gather_for_metrics((_forward(model, batch, config), batch["labels"]))
         accuracy.add_batch(predictions=logits.argmax(dim=-1).cpu(), references=labels.cpu())
-        losses.append(cross_entropy(logits.float(), labels, reduction="none").cpu())
+        losses.append(cross_entropy(logits, labels, reduction="none").cpu())
     scores = accuracy.compute()
     assert scores is not None
     return {"accuracy": scores["accuracy"], "loss": torch.cat(losses).mean().item()}
