@@ -1,4 +1,4 @@
-"""Adapt a small frozen vision transformer to handwritten digits in four ways, save the adapter, use it in a new process.
+"""Adapt a small frozen vision transformer to handwritten digits in four ways, save an adapter, use it elsewhere.
 
     python examples/quickstart.py
     python examples/quickstart.py --model_name_or_path google/vit-base-patch16-224-in21k   # any supported model
@@ -26,15 +26,15 @@ from transformers.utils import logging
 import memtune
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402 - the backend is chosen first
+from matplotlib import pyplot
 
 BACKBONE = Path(__file__).parent / "assets" / "backbone"
 LABELS = [str(digit) for digit in range(10)]
 
 VARIANTS = {
     "head only": ({"config": memtune.MemoryConfig(tokens=0, class_token=False)}, 1e-2),
-    "masked memory": ({"config": memtune.MemoryConfig(tokens=4), "masked": True}, 1e-2),
-    "unmasked memory": ({"config": memtune.MemoryConfig(tokens=4)}, 1e-2),
+    "masked memory": ({"config": memtune.MemoryConfig(tokens=4), "masked": True}, 2e-2),
+    "unmasked memory": ({"config": memtune.MemoryConfig(tokens=4)}, 2e-2),
 }
 """What is trained beside full fine-tuning, with its learning rate."""
 
@@ -60,7 +60,7 @@ def fine_tune_fully(name: str, processor, train: Dataset, test: Dataset, args: a
         name, dtype=torch.float32, num_labels=10, ignore_mismatched_sizes=True
     )
     batches = {
-        split: processor(data["image"], return_tensors="pt").pixel_values
+        split: processor(list(data["image"]), return_tensors="pt").pixel_values
         for split, data in (("train", train), ("test", test))
     }
     labels = {"train": torch.tensor(train["label"]), "test": torch.tensor(test["label"])}
@@ -120,7 +120,7 @@ def predict(args: argparse.Namespace) -> None:
     _, test = digits(args.train_images)
     model = memtune.load(args.output_dir, backbone=load_backbone(args.model_name_or_path))
     shown = test.select(range(len(test) - 24, len(test)))
-    pixel_values = model.processor(shown["image"], return_tensors="pt").pixel_values
+    pixel_values = model.processor(list(shown["image"]), return_tensors="pt").pixel_values
     with torch.no_grad():
         answers = model(pixel_values).logits.argmax(-1).tolist()
     figure, axes = pyplot.subplots(3, 8, figsize=(8, 3.6))
@@ -141,7 +141,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model_name_or_path", default=str(BACKBONE), help="a folder, or a model on the Hub")
     add("--output_dir", default="quickstart-output", help="where the adapter and the picture go")
-    add("--num_train_epochs", type=int, default=10, help="passes over the training images")
+    add("--num_train_epochs", type=int, default=5, help="passes over the training images")
     add("--train_images", type=int, default=1000, help="number of training images, at most 1,000")
     add("--seed", type=int, default=0, help="of the initial values and the order of images")
     add("--predict", action="store_true", help="only load the saved adapter and draw its answers")

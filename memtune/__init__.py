@@ -3,6 +3,7 @@
 from .adapter import Adapter as Adapter
 from .adapter import AdapterConfig as AdapterConfig
 from .errors import MemtuneError as MemtuneError
+from .methods import LoraConfig as LoraConfig
 from .methods import MemoryConfig as MemoryConfig
 from .registry import register_method as register_method
 from .training import TrainingConfig as TrainingConfig

@@ -20,6 +20,7 @@ from .checkpoint import check_backbone, load_recorded_backbone, read_folder, wri
 from .checks import check_images, check_labels
 from .errors import ConfigError, MemtuneError
 from .freezing import Hold
+from .merge import merge
 from .registry import as_config
 from .streams import AdaptedStream, TaskStream, Trunk
 from .task import Task
@@ -249,6 +250,16 @@ class TunedModel(nn.Module):
     ) -> TunedModel:
         """Load what `save_pretrained` saved (see `memtune.load`)."""
         return load(folder, backbone=backbone, any_weights=any_weights)
+
+    def merge(self) -> PreTrainedModel:
+        """A plain Hugging Face model with this task in its weights (see `memtune.merge.merge`); this one stays."""
+        return merge(self)
+
+    def export_peft(self, folder: str | Path) -> None:
+        """Save an unmasked LoRA adapter as a folder that PEFT reads (see `memtune.peft_format.export_peft`)."""
+        from .peft_format import export_peft  # which makes tuned models, and so imports this file
+
+        export_peft(self, folder)
 
     def detach(self) -> PreTrainedModel:
         """Give the backbone back as it was before `wrap`, and end this model.

@@ -63,7 +63,9 @@ def test_settings_cannot_be_changed() -> None:
 def test_settings_are_json_values_and_come_back() -> None:
     config = Config(blocks=[1], sizes=(3,))
     assert json.loads(json.dumps(config.to_dict())) == {"method": "test", "blocks": [1], "sizes": [3]}
-    assert MemoryConfig.from_dict(json.loads(json.dumps(MemoryConfig(blocks=[0]).to_dict()))) == MemoryConfig(blocks=[0])
+    assert MemoryConfig.from_dict(json.loads(json.dumps(MemoryConfig(blocks=[0]).to_dict()))) == MemoryConfig(
+        blocks=[0]
+    )
     assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
 
 

@@ -69,7 +69,9 @@ def main() -> None:
         command = [sys.executable, __file__, kind, *sys.argv[1:]]
         runs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(3)]
         growth[kind] = statistics.median(int(run) for run in runs)
-    print(f"ViT-{args.size.capitalize()}/{args.patch_size}, {args.image_size} px, batch {args.batch_size}, on the CPU\n")
+    print(
+        f"ViT-{args.size.capitalize()}/{args.patch_size}, {args.image_size} px, batch {args.batch_size}, on the CPU\n"
+    )
     print("| peak memory over the idle process | MB | of PEFT LoRA's |")
     print("| --- | ---: | ---: |")
     for kind, name in KINDS.items():

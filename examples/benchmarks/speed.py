@@ -131,7 +131,9 @@ def main() -> None:
         f"PEFT LoRA (r = {args.rank}, query and value), training step": lambda: create_lora(args),
         "full fine-tuning, training step": lambda: create_backbone(args),
     }
-    print(f"ViT-{args.size.capitalize()}/{args.patch_size}, {args.image_size} px, batch {args.batch_size}, {args.device}")
+    print(
+        f"ViT-{args.size.capitalize()}/{args.patch_size}, {args.image_size} px, batch {args.batch_size}, {args.device}"
+    )
     print(f"with {args.threads} threads, torch {torch.__version__}, {args.pairs} pairs, {args.tokens} tokens a block\n")
     print("| against a forward pass of the bare backbone | ratio | ms | ms of the bare one in turn |")
     print("| --- | ---: | ---: | ---: |")

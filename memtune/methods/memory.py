@@ -14,7 +14,7 @@ Parameters: L m D for L blocks of width D; the class token of the task adds D, t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -69,13 +69,34 @@ class BlockMemory(nn.Module):
     def __init__(self, tokens: int, width: int, init_std: float) -> None:
         super().__init__()
         self.memory = nn.Parameter(torch.empty(tokens, width).normal_(std=init_std))
+        self._kept: tuple[Any, tuple[Tensor, Tensor]] | None = None
 
     def keys_values(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Keys and values of the memory by the block's norm and projections, each (1, heads, m, head width)."""
+        """Keys and values of the memory by the block's norm and projections, each (1, heads, m, head width).
+
+        They do not depend on the images, so in evaluation they are kept until a parameter behind them changes.
+        """
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._project(block)
+        state = self._state(block)
+        kept = self._kept
+        if kept is None or kept[0] != state:
+            kept = self._kept = (state, self._project(block))
+        return kept[1]
+
+    def _project(self, block: Block) -> tuple[Tensor, Tensor]:
         memory = block["norm1"](self.memory.to(block["norm1"].weight.dtype))
         shape = (1, memory.shape[0], -1, block.head_width)
         key, value = (block[role](memory).view(shape).transpose(1, 2) for role in ("key", "value"))
         return key, value
+
+    def _state(self, block: Block) -> Any:
+        """What changes whenever the keys and values do: the parameters' places and versions, and the precision."""
+        modules = (self, block["norm1"], block["key"], block["value"])
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        versions = [(parameter.data_ptr(), parameter._version, parameter.dtype) for parameter in parameters]
+        device = self.memory.device.type
+        return versions, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
 @register_method

@@ -12,6 +12,7 @@ import torch
 from backbone_zoo import BY_NAME, CASES, FAMILIES, Case, each, each_mode
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers import ViTConfig, ViTModel
 
 import memtune
 from memtune import MemoryConfig
@@ -236,3 +237,32 @@ def test_settings_can_be_pickled_copied_and_written_as_json_values() -> None:
     assert pickle.loads(pickle.dumps(config)) == config == copy.deepcopy(config)
     assert MemoryConfig.from_dict(config.to_dict()) == config
     assert config.to_dict()["blocks"] == [1, 0]
+
+
+def test_kept_keys_and_values_follow_every_change():
+    """In evaluation they are computed once; whatever changes behind them, the answer is that of a fresh computation."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    backbone = ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8))
+    model = memtune.wrap(backbone, memtune.MemoryConfig(2), num_labels=3).eval()
+    images = torch.randn(2, 3, 32, 32)
+    memory = model.task.adapters[0].blocks["0"]
+
+    def changes():
+        yield lambda: memory.memory.normal_()
+        yield lambda: setattr(memory.memory, "data", torch.randn_like(memory.memory))
+        yield lambda: backbone.layers[0].attention.v_proj.weight.mul_(1.5)
+        yield lambda: backbone.layers[0].layernorm_before.bias.add_(0.5)
+        yield lambda: model.bfloat16()
+
+    with torch.no_grad():
+        before = model(images).logits
+        assert torch.equal(model(images).logits, before)
+        for change in changes():
+            change()
+            pixels = images.to(model.dtype)
+            after = model(pixels).logits
+            assert not torch.equal(after.float(), before.float())
+            memory._kept = None
+            assert torch.equal(model(pixels).logits, after)
+            before = after
