@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .backbones import Backbone, Block
 from .errors import ConfigError
@@ -97,12 +97,17 @@ class Adapter(nn.Module, ABC, Generic[ConfigT]):
 
     A subclass sets `config_class`, creates its parameters in `__init__` and puts them to work in `attach`.
 
+    Attributes:
+        needs_attention_function: False if `attach` leaves a stream's sites alone in unmasked mode; the method then also
+            runs on backbones that do not use transformers' AttentionInterface.
+
     Args:
         config: The method's settings.
         backbone: The backbone that is adapted; its shapes decide those of the parameters.
     """
 
     config_class: ClassVar[type[AdapterConfig]]
+    needs_attention_function: ClassVar[bool] = True
 
     def __init__(self, config: ConfigT, backbone: Backbone) -> None:
         super().__init__()
@@ -111,6 +116,13 @@ class Adapter(nn.Module, ABC, Generic[ConfigT]):
     @abstractmethod
     def attach(self, stream: AdaptedStream | TaskStream) -> None:
         """Make a stream use this adapter by changing its view and its attention sites; the original stays as it is."""
+
+    def start_task(self, task: int) -> None:
+        """Be told, in class-incremental learning, that the task of this number begins, 0 for the first."""
+
+    def penalty(self) -> Tensor | None:
+        """What the method adds to the loss in training, a single number, or None."""
+        return None
 
     def merge_into(self, backbone: Backbone) -> None:
         """Write what the adapter does in unmasked mode into the weights of a backbone of its own (a copy).

@@ -3,7 +3,7 @@
 Each is called by the backbone's own attention module in place of its kernel, adds what the mode needs, and calls the
 kernel that the user chose for the backbone (eager, SDPA, flash ...). The mode is the name of the function:
 
-- `memtune_adapted`: the block's own keys and values, then those of its sources (memory, prefixes);
+- `memtune_adapted`: the block's own keys and values, then those of its sources (memory, prefixes made of the images);
 - `memtune_trunk`: nothing is added; keys and values are kept for the task stream;
 - `memtune_stream`: task tokens read the trunk's keys and values, their own, and those of the sources.
 
@@ -31,6 +31,9 @@ from .views import shadow_config
 KeyValueSource = Callable[[Block], tuple[Tensor, Tensor]]
 """Gives a block's further keys and values, each (1 or batch, heads, number, head width)."""
 
+ImageSource = Callable[[Block, Tensor], tuple[Tensor, Tensor]]
+"""The same for keys and values that depend on the images: it also takes the query of the pass, (batch, width)."""
+
 KeyValueReader = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Gives the trunk's keys and values as a task sees them, (batch, heads, tokens, head width) each, from its own."""
 
@@ -54,11 +57,13 @@ class Pass:
         visited: Indices of the blocks whose attention has run, in order.
         trunk: For each block what the trunk left for the task stream.
         own_key: Whether a task token sees its own key and value.
+        query: The feature of the images by the unadapted backbone, (batch, width), or None if no source asks for it.
     """
 
     visited: list[int] = field(default_factory=list)
     trunk: list[TrunkBlock] = field(default_factory=list)
     own_key: bool = True
+    query: Tensor | None = None
 
 
 class Site:
@@ -68,6 +73,7 @@ class Site:
         attention = block["attention"]
         self.block = block
         self.sources: list[KeyValueSource] = []
+        self.image_sources: list[ImageSource] = []
         self.readers: list[KeyValueReader] = []
         self.wrappers: list[KernelWrapper] = []
         self.config = attention.config
@@ -81,12 +87,19 @@ class Site:
             kernel = partial(wrapper, kernel)
         return kernel
 
-    def further(self, batch: int, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values of all sources, expanded to the batch and cast to the dtype of `like`."""
+    def further(self, current: Pass, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of all sources, expanded to the batch of `like` and cast to its dtype."""
         pairs = [source(self.block) for source in self.sources]
-        shape = (batch, -1, -1, -1)
-        keys = [key.to(like.dtype).expand(shape) for key, _ in pairs]
-        return keys, [value.to(like.dtype).expand(shape) for _, value in pairs]
+        if self.image_sources:
+            assert current.query is not None
+            pairs += [source(self.block, current.query) for source in self.image_sources]
+        return [_expand(key, like) for key, _ in pairs], [_expand(value, like) for _, value in pairs]
+
+
+def _expand(part: Tensor, like: Tensor) -> Tensor:
+    """Repeat each row of a part for all that `like` has of it: the whole batch, or the windows of one image."""
+    part = part.to(like.dtype).unsqueeze(1)
+    return part.expand(-1, like.shape[0] // part.shape[0], -1, -1, -1).flatten(0, 1)
 
 
 def install(view: Backbone, mode: str) -> list[Site]:
@@ -124,8 +137,8 @@ def adapted_attention(
     """Attention over the block's keys and values and those of its sources."""
     site: Site = module.memtune_site
     memtune_pass.visited.append(site.block.index)
-    if site.sources:
-        keys, values = site.further(key.shape[0], like=key)
+    if site.sources or site.image_sources:
+        keys, values = site.further(memtune_pass, like=key)
         key, value = torch.cat([key, *keys], dim=2), torch.cat([value, *values], dim=2)
         attention_mask = widen(attention_mask, sum(part.shape[2] for part in keys))
     return site.kernel()(module, query, key, value, attention_mask, **kwargs)
@@ -163,8 +176,8 @@ def stream_attention(
     site: Site = module.memtune_site
     trunk = memtune_pass.trunk[site.block.index]
     keys, values = ([key], [value]) if memtune_pass.own_key else ([], [])
-    if site.sources:
-        further_keys, further_values = site.further(key.shape[0], like=key)
+    if site.sources or site.image_sources:
+        further_keys, further_values = site.further(memtune_pass, like=key)
         keys, values = keys + further_keys, values + further_values
     bias = trunk.bias
     if bias is not None:

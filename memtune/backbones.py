@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import UnsupportedBackboneError
-from .families import TOWERS, Family
+from .families import PLAIN_TOWERS, TOWERS, Family
 from .views import shadow
 
 
@@ -29,10 +30,11 @@ def _pair(size: Any) -> tuple[int, int]:
 class Block:
     """One transformer block, its parts known by their roles."""
 
-    def __init__(self, index: int, module: nn.Module, paths: Mapping[str, str]) -> None:
+    def __init__(self, index: int, module: nn.Module, paths: Mapping[str, str], head_width: str = "head_dim") -> None:
         self.index = index
         self.module = module
         self._paths = paths
+        self._head_width = head_width
 
     def _path(self, role: str) -> str:
         if role not in self._paths:
@@ -59,7 +61,7 @@ class Block:
     @property
     def head_width(self) -> int:
         """Width of one attention head."""
-        return self["attention"].head_dim
+        return attrgetter(self._head_width)(self["attention"])
 
     @property
     def heads(self) -> int:
@@ -85,16 +87,19 @@ class Backbone:
         self.model: PreTrainedModel = model
         self.tower, self.family = self._find_tower(model)
         modules = _descend(self.tower, self.family.blocks)
-        self.blocks = [Block(index, module, self.family.roles) for index, module in enumerate(modules)]
+        roles, head_width = self.family.roles, self.family.head_width
+        self.blocks = [Block(index, module, roles, head_width) for index, module in enumerate(modules)]
 
     @staticmethod
     def _find_tower(model: nn.Module) -> tuple[Any, Family]:
+        known = TOWERS | PLAIN_TOWERS
         for module in model.modules():
             for kind in type(module).__mro__:
-                if kind.__name__ in TOWERS:
-                    return module, TOWERS[kind.__name__]
+                if kind.__name__ in known:
+                    return module, known[kind.__name__]
         raise UnsupportedBackboneError(
-            f"got {type(model).__name__}, which has no supported vision tower; supported towers: {sorted(TOWERS)}"
+            f"got {type(model).__name__}, which has no supported vision tower; supported towers: {sorted(TOWERS)}, "
+            f"and for methods that need no attention function {sorted(PLAIN_TOWERS)}"
         )
 
     @property
@@ -115,7 +120,7 @@ class Backbone:
     @property
     def patch_size(self) -> tuple[int, int]:
         """Height and width of a patch in pixels."""
-        return _pair(self.config.patch_size)
+        return _pair(self.family.patch_size(self.config))
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -147,7 +152,8 @@ class Backbone:
 
     def parameters_by_role(self) -> Iterator[tuple[str, Tensor]]:
         """The backbone's parameters under names that do not change between releases of transformers."""
-        patches = next(module for module in self.tower.embeddings.modules() if isinstance(module, nn.Conv2d))
+        embeddings = self.tower.get_submodule(self.family.patches)
+        patches = next(module for module in embeddings.modules() if isinstance(module, nn.Conv2d))
         yield from ((f"patches.{name}", parameter) for name, parameter in patches.named_parameters())
         if self.class_token is not None:
             yield "class_token", self.class_token

@@ -40,6 +40,12 @@ _DINO = _roles("norm1", "norm2", "attention", "o_proj", "mlp.fc1|mlp.up_proj", "
 _CLIP = _roles("layer_norm1", "layer_norm2", "self_attn", "out_proj")
 
 
+def _dense_roles(inner: str, norm1: str, norm2: str, fc1: str, fc2: str) -> dict[str, str]:
+    """The same for modules in the style of BERT; `inner` holds the projections of query, key and value."""
+    projections = {role: f"attention.{inner}.{role}" for role in ("query", "key", "value")}
+    return _roles(norm1, norm2, "attention", "output.dense", fc1, fc2) | projections
+
+
 def _class_feature(tower: nn.Module, output: Any) -> Tensor:
     return output.last_hidden_state[:, 0]
 
@@ -134,6 +140,15 @@ class Family:
     any_size: bool = False
     """The tower takes images of any size without being asked."""
     windowed: bool = False
+    attention_function: bool = True
+    """The attention modules call the function that transformers' AttentionInterface names."""
+    images_alone: bool = True
+    """The tower takes images without text."""
+    patches: str = "embeddings"
+    """Where the convolution that makes the patches is."""
+    patch_size: Callable[[Any], Any] = lambda config: config.patch_size
+    head_width: str = "head_dim"
+    """Where the attention module keeps the width of a head."""
     prepare_view: Callable[[Any], None] = lambda tower: None
     prepare_stream: Callable[[Any], None] = lambda block: None
     tower_arguments: Callable[[Any, Tensor], dict[str, Any]] = lambda tower, pixel_values: {}
@@ -185,3 +200,38 @@ TOWERS: dict[str, Family] = {
         "swin", "encoder.layers.*.blocks.*", class_token=None, feature=_swin_feature, any_size=True, windowed=True
     ),
 }
+
+PLAIN_TOWERS: dict[str, Family] = {
+    "ViltModel": Family(
+        "vilt",
+        "encoder.layer.*",
+        _dense_roles("attention", "layernorm_before", "layernorm_after", "intermediate.dense", "output.dense"),
+        class_token=None,
+        attention_function=False,
+        images_alone=False,
+        head_width="attention.attention_head_size",
+    ),
+    "Swinv2Model": Family(
+        "swinv2",
+        "encoder.layers.*.blocks.*",
+        _dense_roles("self", "layernorm_before", "layernorm_after", "intermediate.dense", "output.dense"),
+        class_token=None,
+        feature=_swin_feature,
+        any_size=True,
+        windowed=True,
+        attention_function=False,
+        head_width="self.attention_head_size",
+    ),
+    "PvtModel": Family(
+        "pvt",
+        "encoder.block.*.*",
+        _dense_roles("self", "layer_norm_1", "layer_norm_2", "mlp.dense1", "mlp.dense2"),
+        class_token=None,
+        final_norm=lambda tower: tower.encoder.layer_norm,
+        attention_function=False,
+        patches="encoder.patch_embeddings.0",
+        patch_size=lambda config: config.patch_sizes[0],
+        head_width="self.attention_head_size",
+    ),
+}
+"""Towers whose attention modules compute attention themselves: for methods that need no attention function."""

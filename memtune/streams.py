@@ -30,7 +30,9 @@ class AdaptedStream:
 
     def __init__(self, backbone: Backbone, *, checkpointing: Mapping[str, Any] | None = None) -> None:
         self.view = backbone.view()
-        self.sites: list[Site] = install(self.view, "memtune_adapted")
+        self.sites: list[Site] = install(self.view, "memtune_adapted") if backbone.family.attention_function else []
+        self._backbone = backbone
+        self._unadapted: Backbone | None = None
         if checkpointing is None:
             return
         model: Any = self.view.model
@@ -42,11 +44,20 @@ class AdaptedStream:
             # transformers checkpoints a block only while it says that it trains; its children stay in evaluation mode.
             block.module.training = True
 
+    def require_query(self) -> None:
+        """Give each pass the feature of the unadapted backbone as its query, by a pass of its own before it."""
+        self._unadapted = self._unadapted or self._backbone.view()
+
     def features(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> Tensor:
         """Features (batch, width) of images (batch, channels, height, width)."""
+        options: dict[str, Any] = {"interpolate_pos_encoding": interpolate_pos_encoding}
+        if not self.sites:
+            return self.view.features(pixel_values, **options)
         current = Pass()
-        options: dict[str, Any] = {"interpolate_pos_encoding": interpolate_pos_encoding, "memtune_pass": current}
-        features = self.view.features(pixel_values, **options)
+        if self._unadapted is not None:
+            with torch.no_grad():
+                current.query = self._unadapted.features(pixel_values, **options)
+        features = self.view.features(pixel_values, memtune_pass=current, **options)
         check_visited(self.view, current)
         return features
 
@@ -63,13 +74,14 @@ class Trunk:
         """Run the trunk over images (batch, channels, height, width).
 
         Returns:
-            The pass, with what task streams read of each block, and the tower's own output: bit for bit that of the
-            untouched backbone.
+            The pass, with what task streams read of each block and the backbone's feature as its query; and the
+            tower's own output: bit for bit that of the untouched backbone.
         """
         current = Pass()
         options: dict[str, Any] = {"interpolate_pos_encoding": interpolate_pos_encoding, "memtune_pass": current}
         output = self.view.run_tower(pixel_values, **options)
         check_visited(self.view, current)
+        current.query = self.view.family.feature(self.view.tower, output)
         return current, output
 
 

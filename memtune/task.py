@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .adapter import Adapter, AdapterConfig
 from .backbones import Backbone
 from .errors import CheckpointError, ConfigError, UnsupportedBackboneError
-from .registry import create_adapter
+from .families import TOWERS
+from .registry import create_adapter, find_method
 from .streams import AdaptedStream, TaskStream
 
 HEAD_STD = 0.02
@@ -29,18 +30,14 @@ class Task(nn.Module):
 
     Raises:
         ConfigError: The methods do not go together, or a setting does not fit the backbone.
-        UnsupportedBackboneError: Masked mode on a windowed backbone.
+        UnsupportedBackboneError: The backbone lacks what the mode or a method asks for.
     """
 
     def __init__(
         self, configs: Sequence[AdapterConfig], labels: Sequence[str], backbone: Backbone, masked: bool
     ) -> None:
         super().__init__()
-        if masked and backbone.family.windowed:
-            raise UnsupportedBackboneError(
-                f"masked=True: got {type(backbone.model).__name__}, whose blocks attend within windows: no single "
-                "token can read the whole trunk. Use masked=False, or a backbone with global attention"
-            )
+        _check_backbone(configs, backbone, masked)
         self.labels = list(labels)
         self.masked = masked
         self.adapters = nn.ModuleList(create_adapter(config.for_mode(masked), backbone) for config in configs)
@@ -87,6 +84,12 @@ class Task(nn.Module):
         """Logits (batch, classes) of features (batch, width)."""
         return self.head(features.to(self.head.weight.dtype))
 
+    def penalty(self) -> Tensor | None:
+        """What the methods add to the loss in training, a single number, or None."""
+        penalties = [adapter.penalty() for adapter in self._adapters()]
+        given = [penalty for penalty in penalties if penalty is not None]
+        return torch.stack(given).sum() if given else None
+
     def tensors(self) -> dict[str, Tensor]:
         """Every trained tensor under its role key: `blocks.3.memory`, `class_token`, `head.weight` ..."""
         tensors = {key: tensor for adapter in self.adapters for key, tensor in adapter.state_dict().items()}
@@ -113,3 +116,26 @@ class Task(nn.Module):
         with torch.no_grad():
             for key, tensor in own.items():
                 tensor.copy_(tensors[key])
+
+
+def _check_backbone(configs: Sequence[AdapterConfig], backbone: Backbone, masked: bool) -> None:
+    family, name = backbone.family, type(backbone.model).__name__
+    if not family.attention_function:
+        needs = [config.method for config in configs if find_method(config.method).needs_attention_function]
+        reasons = ["masked=True"] * masked + [f"the method {method!r}" for method in needs]
+        if reasons:
+            raise UnsupportedBackboneError(
+                f"{' and '.join(reasons)}: got {name}, whose blocks compute attention themselves, without the function "
+                "of transformers' AttentionInterface, so their keys and values cannot be reached. Use masked=False and "
+                f"another method (approximated_prompts, lora), or a model with one of the towers {sorted(TOWERS)}"
+            )
+    if not family.images_alone:
+        raise UnsupportedBackboneError(
+            f"got {name}, which takes text with its images, and wrap classifies images alone. Attach an adapter to "
+            "`stream = memtune.streams.AdaptedStream(Backbone(model))` and call `stream.view.model` with both"
+        )
+    if masked and family.windowed:
+        raise UnsupportedBackboneError(
+            f"masked=True: got {name}, whose blocks attend within windows: no single token can read the whole trunk. "
+            "Use masked=False, or a backbone with global attention"
+        )

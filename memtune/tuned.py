@@ -157,7 +157,8 @@ class TunedModel(nn.Module):
 
         Args:
             pixel_values: Images as the processor gives them, (batch, channels, height, width).
-            labels: Indices of the right classes, (batch,); the output then has the mean cross-entropy as `loss`.
+            labels: Indices of the right classes, (batch,); the output then has the mean cross-entropy as `loss`, in
+                training with what the methods add to it.
             interpolate_pos_encoding: Accept images of another size than the backbone's.
             return_dict: False for a plain tuple.
 
@@ -177,6 +178,8 @@ class TunedModel(nn.Module):
             check_labels(labels, pixel_values.shape[0], len(self.task.labels))
         logits = self.task.logits(self.features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
         loss = None if labels is None else cross_entropy(logits, labels.long())
+        if loss is not None and self.training and (penalty := self.task.penalty()) is not None:
+            loss = loss + penalty
         output = ImageClassifierOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
 

@@ -371,7 +371,7 @@ def test_casting_the_whole_model(masked: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit", "beit-head", "dinov3", "clip"])
+@pytest.mark.parametrize("name", ["vit", "beit-head"])
 @both_modes
 def test_compiled_without_a_break_in_the_graph(name: str, masked: bool) -> None:
     case = BY_NAME[name]
@@ -409,6 +409,8 @@ def test_a_state_is_loaded_strictly(masked: bool, assign: bool) -> None:
     first, second = wrapped(masked=masked), wrapped(masked=masked).eval()
     step(first, images)
     before = snapshot(second.backbone)
+    with torch.no_grad():
+        second(images)  # what it keeps of the old state must not be used
     result = second.load_state_dict(first.state_dict(), strict=True, assign=assign)
     assert not result.missing_keys
     assert not result.unexpected_keys

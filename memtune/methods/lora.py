@@ -266,6 +266,7 @@ class LoraAdapter(Adapter[LoraConfig]):
     """Low-rank updates of the linear layers of one backbone's blocks."""
 
     config_class = LoraConfig
+    needs_attention_function = False
 
     def __init__(self, config: LoraConfig, backbone: Backbone) -> None:
         config = config if config.roles else config.for_mode(masked=False)

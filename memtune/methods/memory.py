@@ -116,4 +116,5 @@ class MemoryAdapter(Adapter[MemoryConfig]):
         """Give each block's attention the keys and values of its memory."""
         for index, memory in self.blocks.items():
             assert isinstance(memory, BlockMemory)
+            memory._kept = None  # a new parameter may lie where one that is gone lay
             stream.sites[int(index)].sources.append(memory.keys_values)

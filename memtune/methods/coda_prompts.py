@@ -1,0 +1,200 @@
+"""CODA prompts: prompts composed for each image from a pool that grows with the tasks.
+
+"CODA-Prompt: COntinual Decomposed Attention-based Prompting for Rehearsal-Free Continual Learning" (Smith et al.,
+CVPR 2023, https://arxiv.org/abs/2211.13218), as released (https://github.com/GT-RIPL/CODA-Prompt, commit 6417d4f).
+
+Each block has a pool of M prompts P_m (Lp, D) of its own, with a key K_m (D) and an attention vector A_m (D). For an
+image whose feature by the unprompted backbone is q:
+
+    p = sum_m a_m P_m,    a_m = cos(q * A_m, K_m),    softmax(Q [p_K; K]^T / sqrt(d)) [p_V; V]
+
+p_K, the first half of the rows of p, joins the keys after their projection, p_V, the second half, the values. The pool
+is split over the tasks of a sequence: task t trains its own M / tasks rows, those of earlier tasks are held constant,
+those of later ones are zero. Unmasked, q takes a pass of its own; masked, the trunk has it already.
+
+Parameters: L (M Lp D + 2 M D) for L blocks of width D (the default with ViT-B: 3,840,000).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter, AdapterConfig
+from ..backbones import Backbone, Block
+from ..errors import ConfigError
+from ..registry import register_method
+from ..streams import AdaptedStream, TaskStream
+
+
+@dataclass(frozen=True)
+class CodaPromptConfig(AdapterConfig):
+    """Settings of CODA prompts.
+
+    Args:
+        pool_size: Prompts in each block's pool, M, over all tasks.
+        prompt_length: Rows of a prompt, Lp; even, as half of them become keys and half values.
+        num_tasks: Tasks that the pool is split over; each gets `pool_size // num_tasks` prompts.
+        ortho_mu: Weight of the orthogonality loss. 0 as in the released scripts, since new rows start orthogonal; the
+            authors advise about 1e-6 where it is used.
+        task: The task that trains, 0 for the first; `CodaPromptAdapter.start_task` sets it.
+        blocks: Indices of the blocks that get prompts; the first five, as in the paper, or None for all.
+    """
+
+    method: ClassVar[str] = "coda_prompts"
+
+    pool_size: int = 100
+    prompt_length: int = 8
+    num_tasks: int = 1
+    ortho_mu: float = 0.0
+    task: int = 0
+    blocks: Sequence[int] | None = field(default=(0, 1, 2, 3, 4), kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in {"pool_size": 1, "prompt_length": 2, "num_tasks": 1, "task": 0}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{name}: got {value!r}, expected a whole number from {least} on")
+        if self.prompt_length % 2:
+            raise ConfigError(f"prompt_length: got {self.prompt_length}, expected an even number of rows")
+        if self.num_tasks > self.pool_size:
+            raise ConfigError(f"num_tasks: got {self.num_tasks}, which a pool_size of {self.pool_size} cannot serve")
+        if self.task >= self.num_tasks:
+            raise ConfigError(f"task: got {self.task}, expected a number below num_tasks={self.num_tasks}")
+        number = isinstance(self.ortho_mu, (int, float)) and not isinstance(self.ortho_mu, bool)
+        if not number or not 0 <= self.ortho_mu < math.inf:
+            raise ConfigError(f"ortho_mu: got {self.ortho_mu!r}, expected a weight, 0 or more")
+
+    def rows(self) -> slice:
+        """The rows of the pool that the present task trains."""
+        share = self.pool_size // self.num_tasks
+        return slice(self.task * share, (self.task + 1) * share)
+
+
+class BlockPool(nn.Module):
+    """The pool of one block.
+
+    Args:
+        config: The method's settings; the rows of its task and of those before are drawn.
+        width: The block's width.
+        query_width: Width of the query, that of keys and attention vectors.
+    """
+
+    def __init__(self, config: CodaPromptConfig, width: int, query_width: int) -> None:
+        super().__init__()
+        self.prefix = nn.Parameter(torch.zeros(config.pool_size, config.prompt_length, width))
+        self.prefix_key = nn.Parameter(torch.zeros(config.pool_size, query_width))
+        self.prefix_attention = nn.Parameter(torch.zeros(config.pool_size, query_width))
+        for task in range(config.task + 1):
+            self.start(replace(config, task=task).rows())
+
+    @torch.no_grad()
+    def start(self, rows: slice) -> None:
+        """Draw the rows of a task, to be trained from now on in place of those before."""
+        self.rows = rows
+        for parameter in self.parameters():
+            _orthogonalise(parameter.flatten(1), rows)
+
+    def in_use(self) -> list[Tensor]:
+        """Prefixes, keys and attention vectors of the tasks so far, those of earlier tasks held constant."""
+        first, last = self.rows.start, self.rows.stop
+        return [torch.cat([each[:first].detach(), each[first:last]]) for each in self.parameters()]
+
+    def compose(self, query: Tensor) -> Tensor:
+        """The prompt p (batch, length, width) of each query (batch, query width)."""
+        prefix, key, attention = self.in_use()
+        query = query.to(key.dtype)
+        with torch.autocast(query.device.type, enabled=False):
+            # cos(q * A_m, K_m) by matrix products, which take no (batch, pool, width) tensor
+            squares = query.square() @ attention.square().T  # |q * A_m|^2, (batch, pool)
+            lengths = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+            weights = query @ (attention * nn.functional.normalize(key, dim=1)).T / lengths
+            return torch.einsum("bm,mld->bld", weights, prefix)
+
+    def keys_values(self, block: Block, query: Tensor) -> tuple[Tensor, Tensor]:
+        """The two halves of each image's prompt as keys and values, each (batch, heads, length / 2, head width)."""
+        key, value = self.compose(query).unflatten(-1, (block.heads, -1)).transpose(1, 2).chunk(2, dim=2)
+        return key, value
+
+    def penalty(self) -> Tensor:
+        """How far prefixes, keys and attention vectors in use are from orthonormal rows, a single number."""
+        return torch.stack([_distance(each.flatten(1)) for each in self.in_use()]).sum()
+
+
+def _distance(rows: Tensor) -> Tensor:
+    """The mean square of all inner products of rows (number, width), less the identity."""
+    return (rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)).square().mean()
+
+
+def _orthogonalise(matrix: Tensor, rows: slice) -> None:
+    """Fill rows of a matrix with unit vectors: Gaussian ones less their projections on each row before.
+
+    Earlier rows that have been trained are not quite orthogonal to each other; like the released code, this takes the
+    projection on each of them alone.
+    """
+    for index in range(rows.start, rows.stop):
+        before, drawn = matrix[:index], torch.randn_like(matrix[index])
+        shares = before @ drawn / before.square().sum(dim=1)
+        drawn -= shares @ before
+        matrix[index] = drawn / drawn.norm()
+
+
+@register_method
+class CodaPromptAdapter(Adapter[CodaPromptConfig]):
+    """Pools of prompts for the blocks of one backbone; in masked mode only the task token sees the prompts.
+
+    Where the backbone has no class token, the query is the feature that its own kind of head reads.
+    """
+
+    config_class = CodaPromptConfig
+
+    def __init__(self, config: CodaPromptConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        chosen = config.select(backbone)
+        most = min([backbone.width, *(config.prompt_length * block.width for block in chosen)])
+        if config.pool_size > most:
+            raise ConfigError(
+                f"pool_size: got {config.pool_size}, but rows as wide as this backbone's can have at most {most} that "
+                "are orthogonal"
+            )
+        pools = {str(block.index): BlockPool(config, block.width, backbone.width) for block in chosen}
+        self.blocks = nn.ModuleDict(pools)
+
+    def _pools(self) -> dict[int, BlockPool]:
+        return {int(index): pool for index, pool in self.blocks.items() if isinstance(pool, BlockPool)}
+
+    def start_task(self, task: int) -> None:
+        """Begin the next task of a sequence: its rows are drawn, those of earlier tasks are held constant.
+
+        Make a new optimizer afterwards, without weight decay: decay, and moments from the task before, would move rows
+        that get no gradient. Naming the present task again changes nothing.
+
+        Raises:
+            ConfigError: The task is neither the present one nor the next, or the pool has no rows for it.
+        """
+        if task == self.config.task:
+            return
+        if task != self.config.task + 1:
+            raise ConfigError(f"task: got {task!r} after task {self.config.task}; tasks begin one after another")
+        self.config = replace(self.config, task=task)
+        for pool in self._pools().values():
+            pool.start(self.config.rows())
+
+    def penalty(self) -> Tensor | None:
+        """The orthogonality loss of all blocks, weighted."""
+        if not self.config.ortho_mu:
+            return None
+        return self.config.ortho_mu * torch.stack([pool.penalty() for pool in self._pools().values()]).sum()
+
+    def attach(self, stream: AdaptedStream | TaskStream) -> None:
+        """Give each block's attention the keys and values that its pool composes."""
+        if isinstance(stream, AdaptedStream):
+            stream.require_query()
+        for index, pool in self._pools().items():
+            stream.sites[index].image_sources.append(pool.keys_values)
