@@ -3,6 +3,8 @@
 from .adapter import Adapter as Adapter
 from .adapter import AdapterConfig as AdapterConfig
 from .errors import MemtuneError as MemtuneError
+from .methods import ApproximatedPromptConfig as ApproximatedPromptConfig
+from .methods import CodaPromptConfig as CodaPromptConfig
 from .methods import LoraConfig as LoraConfig
 from .methods import MemoryConfig as MemoryConfig
 from .registry import register_method as register_method

@@ -163,6 +163,7 @@ class _Run:
     ) -> None:
         self.config = config
         self.accelerator = _accelerator(config)
+        self.task = model.task
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, _optimizer(model, config), loader)
         self.eval_loader = None if eval_loader is None else self.accelerator.prepare(eval_loader)
         self.steps = _total_steps(len(self.loader), config)
@@ -197,6 +198,8 @@ class _Run:
         with self.accelerator.accumulate(self.model):
             logits = _forward(self.model, batch, self.config)
             loss = cross_entropy(logits, batch["labels"], label_smoothing=self.config.label_smoothing_factor)
+            if (penalty := self.task.penalty()) is not None:
+                loss = loss + penalty
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients and self.config.max_grad_norm:
                 trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

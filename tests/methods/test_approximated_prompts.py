@@ -255,6 +255,7 @@ def test_compiles_without_graph_breaks(case: Case, masked: bool) -> None:
         return
     _, model = tune(case, masked=masked)
     model.train()
+    torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     labels = torch.tensor([0, 2])
     torch.testing.assert_close(compiled(case.images(), labels=labels).loss, model(case.images(), labels=labels).loss)

@@ -266,6 +266,7 @@ def test_orthogonality_loss(task: int) -> None:
 
 
 def test_keys_and_count() -> None:
+    torch.set_num_threads(1)  # as in the zoo
     config = ViTConfig(num_hidden_layers=5, intermediate_size=8)
     backbone = Backbone(ViTModel(config, add_pooling_layer=False))
     adapter = CodaPromptAdapter(CodaPromptConfig(), backbone)
@@ -333,6 +334,7 @@ def test_compiles_without_graph_breaks(case: Case, masked: bool) -> None:
         return
     _, model = tune(case, masked=masked, ortho_mu=0.1)
     model.train()
+    torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(case.images(), labels=LABELS).loss, model(case.images(), labels=LABELS).loss)
 
