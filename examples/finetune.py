@@ -4,7 +4,9 @@
         --train_dir pets/train --validation_dir pets/test --output_dir pets-memory --method memory --tokens 4
 
     accelerate launch --num_processes 8 examples/finetune.py ...         # 8 GPUs
-    accelerate launch --cpu --num_processes 2 examples/finetune.py ...   # 2 processes without a GPU
+    python examples/finetune.py --cpu --num_processes 2 ...              # 2 processes without a GPU
+
+(`accelerate launch --cpu --num_processes 2` starts one process where MPI is not set up, so this script starts them.)
 
 A folder has one folder of images for each class. The adapter, its card and `all_results.json` go to `--output_dir`.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,12 +66,20 @@ def parse_arguments() -> argparse.Namespace:
     add("--lr_scheduler_type", default=defaults.lr_scheduler_type, help="%(default)s")
     add("--optim", default=defaults.optim, choices=["adamw", "sgd"], help="%(default)s")
     add("--mixed_precision", default="no", choices=["no", "bf16", "fp16"], help="%(default)s")
+    add("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
+    add("--num_processes", type=int, default=1, help="with --cpu: processes to start on this machine")
     add("--push_to_hub", action="store_true", help="push the adapter to the Hub at the end")
     add("--hub_model_id", help="where to; by default the name of --output_dir")
     args = parser.parse_args()
     if not (args.train_dir or args.dataset_name):
         parser.error("give --train_dir, or --dataset_name")
     return args
+
+
+def start_processes(number: int) -> None:
+    """Become `number` processes that run this script, each with the rank that torch's launcher gives it."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
+    os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
 
 
 def load_data(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
@@ -117,7 +128,9 @@ def build_model(args: argparse.Namespace, labels: list[str]) -> memtune.TunedMod
 
 def main() -> None:
     args = parse_arguments()
-    state = PartialState()
+    if args.cpu and args.num_processes > 1 and "LOCAL_RANK" not in os.environ:
+        start_processes(args.num_processes)
+    state = PartialState(cpu=args.cpu)
     logging.basicConfig(level=logging.INFO if state.is_main_process else logging.ERROR)
     if not state.is_main_process:
         datasets.disable_progress_bars()

@@ -30,5 +30,6 @@ def test_it_compares_saves_loads_and_draws(tmp_path):
     assert [name for name, _, _ in rows] == ["head only", "masked memory", "unmasked memory", "full fine-tuning"]
     assert [count for _, count, _ in rows][:3] == ["1,290", "4,490", "4,490"]
     assert re.search(r"\d+ of 24 right", done.stdout)
-    assert Image.open(tmp_path / "digits" / "predictions.png").width > 500
+    with Image.open(tmp_path / "digits" / "predictions.png") as picture:
+        assert picture.width > 500
     assert (tmp_path / "digits" / "adapter_model.safetensors").is_file()
