@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -100,6 +100,8 @@ class Adapter(nn.Module, ABC, Generic[ConfigT]):
     Attributes:
         needs_attention_function: False if `attach` leaves a stream's sites alone in unmasked mode; the method then also
             runs on backbones that do not use transformers' AttentionInterface.
+        stackable: Whether the method has `attach_stack`. Tasks whose methods all have it share one pass of task streams
+            (or of an adapted stream); others get one each.
 
     Args:
         config: The method's settings.
@@ -108,6 +110,7 @@ class Adapter(nn.Module, ABC, Generic[ConfigT]):
 
     config_class: ClassVar[type[AdapterConfig]]
     needs_attention_function: ClassVar[bool] = True
+    stackable: ClassVar[bool] = False
 
     def __init__(self, config: ConfigT, backbone: Backbone) -> None:
         super().__init__()
@@ -116,6 +119,25 @@ class Adapter(nn.Module, ABC, Generic[ConfigT]):
     @abstractmethod
     def attach(self, stream: AdaptedStream | TaskStream) -> None:
         """Make a stream use this adapter by changing its view and its attention sites; the original stays as it is."""
+
+    @classmethod
+    def attach_stack(cls, adapters: Sequence[Any], stream: AdaptedStream | TaskStream) -> None:
+        """Make a stream use the adapters of several tasks at once, for inference.
+
+        Args:
+            adapters: For each task its adapter of this method, or None.
+            stream: The stream; its `selection` says at each pass which tasks it is for.
+        """
+        raise NotImplementedError(f"{cls.__name__} is not stackable")
+
+    @staticmethod
+    def block_parts(adapters: Sequence[Adapter | None], depth: int) -> Iterator[tuple[int, list[Any]]]:
+        """For each block that one of the adapters changes: its index, and for each adapter its part there, or None."""
+        trees = [{} if adapter is None else dict(adapter.blocks.items()) for adapter in adapters]  # type: ignore[operator, union-attr]
+        for index in range(depth):
+            parts = [tree.get(str(index)) for tree in trees]
+            if any(part is not None for part in parts):
+                yield index, parts
 
     def start_task(self, task: int) -> None:
         """Be told, in class-incremental learning, that the task of this number begins, 0 for the first."""

@@ -1,7 +1,8 @@
 """The attention functions that views use, registered with transformers' `AttentionInterface`.
 
 Each is called by the backbone's own attention module in place of its kernel, adds what the mode needs, and calls the
-kernel that the user chose for the backbone (eager, SDPA, flash ...). The mode is the name of the function:
+kernel that the user chose for the backbone (eager, SDPA, flash ...) for all image tokens. The mode is the name of the
+function:
 
 - `memtune_adapted`: the block's own keys and values, then those of its sources (memory, prefixes made of the images);
 - `memtune_trunk`: nothing is added; keys and values are kept for the task stream;
@@ -15,8 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,17 +28,36 @@ from .backbones import Backbone, Block
 from .errors import UnsupportedBackboneError
 from .views import shadow_config
 
-KeyValueSource = Callable[[Block], tuple[Tensor, Tensor]]
-"""Gives a block's further keys and values, each (1 or batch, heads, number, head width)."""
 
-ImageSource = Callable[[Block, Tensor], tuple[Tensor, Tensor]]
-"""The same for keys and values that depend on the images: it also takes the query of the pass, (batch, width)."""
+class KeysValues(NamedTuple):
+    """Further keys and values of a block: (1 or rows, 1 or tasks, heads, number, head width) each.
 
-KeyValueReader = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Gives the trunk's keys and values as a task sees them, (batch, heads, tokens, head width) each, from its own."""
+    A row is an image; `tasks` counts the task tokens of a stream, and is 1 in unmasked mode. `present` (1 or rows, 1 or
+    tasks, number) is False where a task with fewer than others has none; None if all are there.
+    """
 
-KernelWrapper = Callable[..., tuple[Tensor, Tensor | None]]
-"""Takes an attention function and then its arguments (module, query, key, value, mask, ...), and runs it changed."""
+    key: Tensor
+    value: Tensor
+    present: Tensor | None = None
+
+
+KeyValueSource = Callable[[Block, "Pass"], KeysValues]
+"""Gives a block's further keys and values, made from the block, the query of the pass, or neither."""
+
+
+class TrunkReader(Protocol):
+    """How task tokens see the trunk's keys and values: K' and V' that differ from K and V by what is added here.
+
+    Neither is ever made: only what the difference adds to the scores of a query and to its context.
+    """
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor | None:
+        """The scores q (K' - K)^T of queries (rows, heads, tasks, head width), K (rows, heads, tokens, head width)."""
+        ...
+
+    def context(self, weights: Tensor, value: Tensor) -> Tensor | None:
+        """The context p (V' - V), (rows, heads, tasks, head width), of weights p (rows, heads, tasks, tokens)."""
+        ...
 
 
 class TrunkBlock(NamedTuple):
@@ -58,12 +77,16 @@ class Pass:
         trunk: For each block what the trunk left for the task stream.
         own_key: Whether a task token sees its own key and value.
         query: The feature of the images by the unadapted backbone, (batch, width), or None if no source asks for it.
+        kept: States (batch, tokens, width) that entered blocks of the trunk, by index, where they were to be kept.
+        states: The states that an adapted stream starts from at a later block, (rows, tokens, width).
     """
 
     visited: list[int] = field(default_factory=list)
     trunk: list[TrunkBlock] = field(default_factory=list)
     own_key: bool = True
     query: Tensor | None = None
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    states: Tensor | None = None
 
 
 class Site:
@@ -73,33 +96,18 @@ class Site:
         attention = block["attention"]
         self.block = block
         self.sources: list[KeyValueSource] = []
-        self.image_sources: list[ImageSource] = []
-        self.readers: list[KeyValueReader] = []
-        self.wrappers: list[KernelWrapper] = []
+        self.readers: list[TrunkReader] = []
         self.config = attention.config
         self.eager: Any = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
 
     def kernel(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        """The attention function that the backbone is set to at this moment, within the site's wrappers."""
+        """The attention function that the backbone is set to at this moment."""
         name = self.config._attn_implementation
-        kernel: Any = self.eager if name == "eager" else ALL_ATTENTION_FUNCTIONS.get_interface(name, self.eager)
-        for wrapper in self.wrappers:
-            kernel = partial(wrapper, kernel)
-        return kernel
+        return self.eager if name == "eager" else ALL_ATTENTION_FUNCTIONS.get_interface(name, self.eager)
 
-    def further(self, current: Pass, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values of all sources, expanded to the batch of `like` and cast to its dtype."""
-        pairs = [source(self.block) for source in self.sources]
-        if self.image_sources:
-            assert current.query is not None
-            pairs += [source(self.block, current.query) for source in self.image_sources]
-        return [_expand(key, like) for key, _ in pairs], [_expand(value, like) for _, value in pairs]
-
-
-def _expand(part: Tensor, like: Tensor) -> Tensor:
-    """Repeat each row of a part for all that `like` has of it: the whole batch, or the windows of one image."""
-    part = part.to(like.dtype).unsqueeze(1)
-    return part.expand(-1, like.shape[0] // part.shape[0], -1, -1, -1).flatten(0, 1)
+    def further(self, current: Pass) -> list[KeysValues]:
+        """Keys and values of all sources."""
+        return [source(self.block, current) for source in self.sources]
 
 
 def install(view: Backbone, mode: str) -> list[Site]:
@@ -115,11 +123,12 @@ def install(view: Backbone, mode: str) -> list[Site]:
     return sites
 
 
-def check_visited(view: Backbone, current: Pass) -> None:
+def check_visited(view: Backbone, current: Pass, first_block: int = 0) -> None:
     """Raise if a block did not call its attention function: it would ignore the adapter in silence."""
-    if len(current.visited) < view.depth:
+    expected = view.depth - first_block
+    if len(current.visited) < expected:
         raise UnsupportedBackboneError(
-            f"{type(view.model).__name__} ran {len(current.visited)} of its {view.depth} blocks through the attention "
+            f"{type(view.model).__name__} ran {len(current.visited)} of its {expected} blocks through the attention "
             "function that transformers' AttentionInterface gave it; an adapter would be ignored in the others"
         )
 
@@ -137,10 +146,12 @@ def adapted_attention(
     """Attention over the block's keys and values and those of its sources."""
     site: Site = module.memtune_site
     memtune_pass.visited.append(site.block.index)
-    if site.sources or site.image_sources:
-        keys, values = site.further(memtune_pass, like=key)
-        key, value = torch.cat([key, *keys], dim=2), torch.cat([value, *values], dim=2)
-        attention_mask = widen(attention_mask, sum(part.shape[2] for part in keys))
+    for further in site.further(memtune_pass):
+        attention_mask = widen(attention_mask, further, like=key)
+        key, value = (
+            torch.cat([own, per_row(more.squeeze(1), len(own)).to(own.dtype)], dim=2)
+            for own, more in ((key, further.key), (value, further.value))
+        )
     return site.kernel()(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -170,32 +181,77 @@ def stream_attention(
     attention_mask: Tensor | None,
     *,
     memtune_pass: Pass,
+    scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Task tokens (batch, heads, 1, head width) attend to the trunk, to themselves and to the sources."""
+) -> tuple[Tensor, None]:
+    """Task tokens (rows, heads, tasks, head width) attend to the trunk, each to itself, and to its own sources.
+
+    One softmax over parts that are never put side by side as keys: tasks share the trunk's, and a frozen part needs no
+    gradient. Any kernel that a backbone can be set to computes the same sums.
+    """
     site: Site = module.memtune_site
     trunk = memtune_pass.trunk[site.block.index]
-    keys, values = ([key], [value]) if memtune_pass.own_key else ([], [])
-    if site.sources or site.image_sources:
-        further_keys, further_values = site.further(memtune_pass, like=key)
-        keys, values = keys + further_keys, values + further_values
-    bias = trunk.bias
-    if bias is not None:
+    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    further = site.further(memtune_pass)
+    parts = [_trunk_scores(site, trunk, query)]
+    if memtune_pass.own_key:
         # A task token stands where the class token stands, so to itself it has the class token's bias to itself.
-        bias = torch.cat([bias, bias[..., :1]], dim=-1) if memtune_pass.own_key else bias
-        bias = widen(bias, sum(part.shape[2] for part in keys) - int(memtune_pass.own_key))
-    trunk_key, trunk_value = trunk.key.to(key.dtype), trunk.value.to(value.dtype)
-    for read in site.readers:
-        trunk_key, trunk_value = read(trunk_key, trunk_value)
-    key, value = torch.cat([trunk_key, *keys], dim=2), torch.cat([trunk_value, *values], dim=2)
-    return site.kernel()(module, query, key, value, bias, **kwargs)
+        own = (query * key).sum(dim=-1, keepdim=True)
+        parts.append(own if trunk.bias is None else own + trunk.bias[..., :1])
+    parts += [_further_scores(each, query) for each in further]
+    widths = [part.shape[-1] for part in parts]
+    weights = torch.cat([part.float() for part in parts], dim=-1).softmax(dim=-1).to(query.dtype)
+    on_trunk, *on_own = weights.split(widths, dim=-1)
+    context = on_trunk @ trunk.value.to(query.dtype)
+    for reader in site.readers:
+        more = reader.context(on_trunk, trunk.value)
+        context = context if more is None else context + more.to(context.dtype)
+    if memtune_pass.own_key:
+        context = context + on_own.pop(0) * value
+    for each, weight in zip(further, on_own, strict=True):
+        context = context + torch.einsum("nhkm,nkhmd->nhkd", weight, each.value.to(weight.dtype)).to(context.dtype)
+    return context.transpose(1, 2), None
 
 
-def widen(mask: Tensor | None, further: int) -> Tensor | None:
-    """A mask (..., queries, keys) that lets every query see `further` more keys: zeros, or True in a boolean mask."""
-    if mask is None or further == 0:
-        return mask
-    return pad(mask, (0, further), value=mask.dtype == torch.bool)
+def _trunk_scores(site: Site, trunk: TrunkBlock, query: Tensor) -> Tensor:
+    """Scores of scaled queries on the trunk's keys, (rows, heads, tasks, tokens)."""
+    scores = query @ trunk.key.to(query.dtype).mT
+    for reader in site.readers:
+        more = reader.scores(query, trunk.key)
+        scores = scores if more is None else scores + more.to(scores.dtype)
+    return scores if trunk.bias is None else scores + trunk.bias
+
+
+def _further_scores(further: KeysValues, query: Tensor) -> Tensor:
+    """Scores of scaled queries on their own tasks' further keys, (rows, heads, tasks, number)."""
+    scores = torch.einsum("nhkd,nkhmd->nhkm", query, further.key.to(query.dtype))
+    if further.present is None:
+        return scores
+    return scores.masked_fill(~further.present.unsqueeze(1), torch.finfo(scores.dtype).min)
+
+
+def per_row(part: Tensor, rows: int) -> Tensor:
+    """Repeat each row of a part for all that a pass has of it: the whole batch, or the windows of one image."""
+    return part.unsqueeze(1).expand(-1, rows // part.shape[0], *[-1] * (part.ndim - 1)).flatten(0, 1)
+
+
+def widen(mask: Tensor | None, further: KeysValues, like: Tensor) -> Tensor | None:
+    """A mask (..., queries, keys) that lets every query see further keys too, where they are present.
+
+    Args:
+        mask: An additive mask, or a boolean one that is True where a key is seen; None if all keys are.
+        further: The further keys of one task for each row.
+        like: The keys so far, (rows, heads, keys, head width).
+    """
+    number = further.key.shape[-2]
+    if further.present is None:
+        return None if mask is None else pad(mask, (0, number), value=mask.dtype == torch.bool)
+    rows, _, keys, _ = like.shape
+    mask = like.new_zeros(rows, 1, 1, keys) if mask is None else mask.expand(rows, -1, -1, -1)
+    seen = per_row(further.present, rows).unsqueeze(1)  # (rows, 1, 1, number)
+    if mask.dtype != torch.bool:
+        seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, torch.finfo(mask.dtype).min)
+    return torch.cat([mask, seen.expand(*mask.shape[:-1], -1)], dim=-1)
 
 
 AttentionInterface.register("memtune_adapted", adapted_attention)

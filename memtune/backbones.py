@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -169,31 +169,31 @@ class Backbone:
         view.family.prepare_view(view.tower)
         return view
 
-    def start(self, class_token: Tensor) -> Tensor:
-        """The task token as it enters the first block.
+    def start(self, class_tokens: Tensor) -> Tensor:
+        """Task tokens as they enter the first block.
 
         Args:
-            class_token: The task's class token, of the shape of the backbone's, or (1, 1, width) where it has none.
+            class_tokens: Class tokens of tasks, (rows, tasks, width).
 
         Returns:
-            The token with the class token's position added and the tower's first norm applied, (1, 1, width).
+            The tokens with the class token's position added and the tower's first norm applied, of the same shape.
         """
-        token = self._positioned(class_token)
+        token = self._positioned(class_tokens)
         norm = self.family.first_norm
         return token if norm is None else self.tower.get_submodule(norm)(token)
 
-    def _positioned(self, class_token: Tensor) -> Tensor:
-        token = class_token.view(1, 1, -1).to(self.blocks[0]["norm1"].weight.dtype)
+    def _positioned(self, class_tokens: Tensor) -> Tensor:
+        token = class_tokens.to(self.blocks[0]["norm1"].weight.dtype)
         position = self.family.class_position(self.tower) if self.family.class_token else None
         return token if position is None else token + position
 
-    def set_class_token(self, class_token: Tensor) -> None:
-        """Let the tower use another class token. Only on a view."""
+    def set_class_token(self, class_token: Callable[[], Tensor]) -> None:
+        """Let the tower use another class token, (1 or batch, 1, width), at each pass. Only on a view."""
         self.tower.embeddings.register_forward_hook(partial(self._replace_first, class_token))
 
-    def _replace_first(self, class_token: Tensor, module: nn.Module, args: Any, output: Any) -> Any:
+    def _replace_first(self, class_token: Callable[[], Tensor], module: nn.Module, args: Any, output: Any) -> Any:
         tokens, *rest = output if isinstance(output, tuple) else (output,)  # (batch, tokens, width)
-        first = self._positioned(class_token).to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+        first = self._positioned(class_token()).to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat([first, tokens[:, 1:]], dim=1)
         return (tokens, *rest) if rest else tokens
 
@@ -209,6 +209,6 @@ class Backbone:
             arguments["interpolate_pos_encoding"] = interpolate_pos_encoding
         return self.tower(pixel_values, **arguments, **kwargs)
 
-    def finish(self, token: Tensor) -> Tensor:
-        """The task token after the last block (batch, 1, width) as a feature for a head (batch, width)."""
-        return self.family.final_norm(self.tower)(token)[:, 0]
+    def finish(self, tokens: Tensor) -> Tensor:
+        """Task tokens after the last block as features for heads, both (batch, tasks, width)."""
+        return self.family.final_norm(self.tower)(tokens)

@@ -7,7 +7,8 @@ through the untouched blocks (the trunk), and the task token after them through 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,28 +16,41 @@ from torch import Tensor, nn
 
 from .attention import Pass, Site, check_visited, install
 from .backbones import Backbone
+from .stacking import Selection
 
 
 class AdaptedStream:
     """Unmasked mode: one pass in which the adapter changes what all tokens see.
 
+    Attributes:
+        selection: Which of several tasks each image is for, where adapters of several are attached.
+
     Args:
         backbone: The backbone.
+        first_block: Start at this block, from the states that a trunk kept for it; 0 to run the whole tower.
         checkpointing: Recompute blocks in the backward pass: the arguments of transformers' method that switches it on
             for a model, those of torch's checkpoint function as `kwargs`; None to keep activations.
     """
 
     masked = False
 
-    def __init__(self, backbone: Backbone, *, checkpointing: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, backbone: Backbone, *, first_block: int = 0, checkpointing: Mapping[str, Any] | None = None
+    ) -> None:
         self.view = backbone.view()
+        self.selection = Selection()
         self.sites: list[Site] = install(self.view, "memtune_adapted") if backbone.family.attention_function else []
-        self._backbone = backbone
+        self.needs_query = False
+        self._first_block = first_block
         self._unadapted: Backbone | None = None
-        if checkpointing is None:
-            return
+        self._backbone = backbone
+        if first_block:
+            _start_at(self.view, first_block)
+        if checkpointing is not None:
+            self._checkpoint(dict(checkpointing))
+
+    def _checkpoint(self, options: dict[str, Any]) -> None:
         model: Any = self.view.model
-        options = dict(checkpointing)
         # by its name in this release of transformers
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable(options.pop("kwargs"), **options)
@@ -45,29 +59,66 @@ class AdaptedStream:
             block.module.training = True
 
     def require_query(self) -> None:
-        """Give each pass the feature of the unadapted backbone as its query, by a pass of its own before it."""
-        self._unadapted = self._unadapted or self._backbone.view()
+        """Give each pass the feature of the unadapted backbone as its query."""
+        self.needs_query = True
 
-    def features(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> Tensor:
-        """Features (batch, width) of images (batch, channels, height, width)."""
+    def features(
+        self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, current: Pass | None = None
+    ) -> Tensor:
+        """Features (batch, width).
+
+        Args:
+            pixel_values: Images (batch, channels, height, width); one alone where the stream starts at a later block.
+            interpolate_pos_encoding: As for the backbone.
+            current: A pass that has what a trunk knows of the images already: the query, and the states that the stream
+                starts from. None to compute the query, if it is needed, by a pass of the unadapted backbone.
+        """
         options: dict[str, Any] = {"interpolate_pos_encoding": interpolate_pos_encoding}
         if not self.sites:
             return self.view.features(pixel_values, **options)
-        current = Pass()
-        if self._unadapted is not None:
-            with torch.no_grad():
-                current.query = self._unadapted.features(pixel_values, **options)
+        if current is None:
+            current = Pass()
+            if self.needs_query:
+                self._unadapted = self._unadapted or self._backbone.view()
+                with torch.no_grad():
+                    current.query = self._unadapted.features(pixel_values, **options)
         features = self.view.features(pixel_values, memtune_pass=current, **options)
-        check_visited(self.view, current)
+        check_visited(self.view, current, self._first_block)
         return features
 
 
-class Trunk:
-    """The pass of the image tokens through the untouched backbone, its keys and values kept for task streams."""
+def _start_at(view: Backbone, first_block: int) -> None:
+    """Let a view's tower skip the blocks before `first_block`, which gets the states that the pass brings along."""
+    for block in view.blocks[:first_block]:
+        block.module.forward = _pass_on
+    view.blocks[first_block].module.register_forward_pre_hook(_recall, with_kwargs=True)
 
-    def __init__(self, backbone: Backbone) -> None:
+
+def _pass_on(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return states
+
+
+def _recall(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    current: Pass = kwargs["memtune_pass"]
+    assert current.states is not None
+    return (current.states, *args[1:]), kwargs
+
+
+class Trunk:
+    """The pass of the image tokens through the untouched backbone, its keys and values kept for task streams.
+
+    Args:
+        backbone: The backbone.
+        keep_states: Blocks of which to keep the states that enter them, for adapted streams that start there.
+    """
+
+    def __init__(self, backbone: Backbone, keep_states: Collection[int] = ()) -> None:
         self.view = backbone.view()
-        install(self.view, "memtune_trunk")
+        if backbone.family.attention_function:
+            install(self.view, "memtune_trunk")
+        for index in keep_states:
+            hook = partial(_keep, index)
+            self.view.blocks[index].module.register_forward_pre_hook(hook, with_kwargs=True)
 
     @torch.no_grad()
     def run(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> tuple[Pass, Any]:
@@ -85,31 +136,41 @@ class Trunk:
         return current, output
 
 
+def _keep(index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    current: Pass = kwargs["memtune_pass"]
+    current.kept[index] = args[0]
+
+
 class TaskStream:
-    """The pass of a task token through the backbone's blocks, reading the trunk and never writing to it."""
+    """The pass of task tokens through the backbone's blocks, reading the trunk and never writing to it.
+
+    Attributes:
+        selection: Which tasks the tokens are of, where adapters of several are attached.
+    """
 
     masked = True
 
     def __init__(self, backbone: Backbone) -> None:
         self.view = backbone.view()
+        self.selection = Selection()
         self.sites: list[Site] = install(self.view, "memtune_stream")
         for block in self.view.blocks:
             self.view.family.prepare_stream(block.module)
 
-    def features(self, current: Pass, class_token: Tensor) -> Tensor:
-        """Features (batch, width) of a task.
+    def features(self, current: Pass, class_tokens: Tensor) -> Tensor:
+        """Features (batch, tasks, width) of tasks.
 
         Args:
             current: A pass that the trunk has filled.
-            class_token: The task's class token, of the shape of the backbone's.
+            class_tokens: The class tokens of the tasks, (1 or batch, tasks, width).
         """
         batch = current.trunk[0].key.shape[0]
-        token = self.view.start(class_token).expand(batch, -1, -1)  # (batch, 1, width)
+        tokens = self.view.start(class_tokens).expand(batch, -1, -1)  # (batch, tasks, width)
         for block in self.view.blocks:
-            token = self._block(block.module, token, current)
-        return self.view.finish(token)
+            tokens = self._block(block.module, tokens, current)
+        return self.view.finish(tokens)
 
-    def _block(self, module: nn.Module, token: Tensor, current: Pass) -> Tensor:
-        arguments = self.view.family.stream_arguments(module, self.view.tower, token)
-        output = module(token, **arguments, memtune_pass=current)
+    def _block(self, module: nn.Module, tokens: Tensor, current: Pass) -> Tensor:
+        arguments = self.view.family.stream_arguments(module, self.view.tower, tokens)
+        output = module(tokens, **arguments, memtune_pass=current)
         return output[0] if isinstance(output, tuple) else output

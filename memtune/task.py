@@ -78,7 +78,17 @@ class Task(nn.Module):
         for adapter in self._adapters():
             adapter.attach(stream)
         if self.class_token is not None and not stream.masked:
-            stream.view.set_class_token(self.class_token)
+            stream.view.set_class_token(self.token)
+
+    def token(self) -> Tensor:
+        """The class token, (1, 1, width).
+
+        Raises:
+            RuntimeError: The task has none of its own.
+        """
+        if self.class_token is None:
+            raise RuntimeError("this task uses the backbone's class token")
+        return self.class_token.view(1, 1, -1)
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits (batch, classes) of features (batch, width)."""

@@ -189,9 +189,8 @@ class TunedModel(nn.Module):
         if isinstance(stream, AdaptedStream):
             return stream.features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         assert trunk is not None
-        assert self.task.class_token is not None
         current, _ = trunk.run(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        return stream.features(current, self.task.class_token)
+        return stream.features(current, self.task.token()).squeeze(1)
 
     def train(self, mode: bool = True) -> TunedModel:
         """Set the adapter's mode. The frozen backbone stays in evaluation mode: no dropout, no stochastic depth."""

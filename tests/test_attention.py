@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from memtune.attention import (
+    KeysValues,
     Pass,
     TrunkBlock,
     adapted_attention,
@@ -39,8 +40,8 @@ def tensors(*tokens: int) -> list[Tensor]:
     return [torch.randn(3, HEADS, number, WIDTH) for number in tokens]
 
 
-def constant(key: Tensor, value: Tensor, block: Any) -> tuple[Tensor, Tensor]:
-    return key, value
+def constant(key: Tensor, value: Tensor, block: Any, current: Pass) -> KeysValues:
+    return KeysValues(key.unsqueeze(1), value.unsqueeze(1))
 
 
 @pytest.fixture(params=["eager", "sdpa"])
@@ -99,13 +100,57 @@ def test_stream_attention(module: Any, bias: bool, own_key: bool) -> None:
     torch.testing.assert_close(output, attend(query, keys, values, full), atol=1e-6, rtol=1e-5)
 
 
-def test_readers_change_what_a_task_sees_of_the_trunk_in_their_order(module: Any) -> None:
+class Shift:
+    """A reader that sees keys one larger and values one smaller."""
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        return query @ torch.ones_like(key).mT
+
+    def context(self, weights: Tensor, value: Tensor) -> Tensor:
+        return weights @ -torch.ones_like(value)
+
+
+def test_readers_change_what_a_task_sees_of_the_trunk(module: Any) -> None:
     query, key, value, trunk_key, trunk_value = tensors(1, 1, 1, 5, 5)
-    module.memtune_site.readers += [lambda k, v: (k + 1, v), lambda k, v: (2 * k, v - 1)]
+    module.memtune_site.readers += [Shift(), Shift()]
     current = Pass(trunk=[TrunkBlock(key, value, None), TrunkBlock(trunk_key, trunk_value, None)])
     output, _ = stream_attention(module, query, key, value, None, memtune_pass=current, scaling=WIDTH**-0.5)
-    keys, values = torch.cat([2 * (trunk_key + 1), key], dim=2), torch.cat([trunk_value - 1, value], dim=2)
+    keys, values = torch.cat([trunk_key + 2, key], dim=2), torch.cat([trunk_value - 2, value], dim=2)
     torch.testing.assert_close(output, attend(query, keys, values), atol=1e-6, rtol=1e-5)
+
+
+def test_each_of_several_task_tokens_sees_itself_and_what_is_its_own(module: Any) -> None:
+    query, key, value, trunk_key, trunk_value = tensors(3, 3, 3, 5, 5)
+    further = KeysValues(*(torch.randn(1, 3, HEADS, 2, WIDTH) for _ in range(2)))
+    present = torch.tensor([[[True, True], [True, False], [False, False]]])
+    module.memtune_site.sources.append(lambda block, current: further._replace(present=present))
+    current = Pass(trunk=[TrunkBlock(key, value, None), TrunkBlock(trunk_key, trunk_value, None)])
+    output, _ = stream_attention(module, query, key, value, None, memtune_pass=current, scaling=WIDTH**-0.5)
+    for task, number in enumerate((2, 1, 0)):
+        one = slice(task, task + 1)
+        memory = [part[:, task, :, :number].expand(3, -1, -1, -1) for part in further[:2]]
+        keys = torch.cat([trunk_key, key[:, :, one], memory[0]], dim=2)
+        values = torch.cat([trunk_value, value[:, :, one], memory[1]], dim=2)
+        expected = attend(query[:, :, one], keys, values)
+        torch.testing.assert_close(output[:, one], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_images_of_one_batch_may_have_fewer_keys_than_others(module: Any, bias: bool) -> None:
+    query, key, value = tensors(5, 5, 5)
+    further = KeysValues(*(torch.randn(3, 1, HEADS, 2, WIDTH) for _ in range(2)))
+    present = torch.tensor([[[True, True]], [[True, False]], [[False, False]]])
+    module.memtune_site.sources.append(lambda block, current: further._replace(present=present))
+    mask = torch.randn(1, HEADS, 5, 5) if bias else None
+    output, _ = adapted_attention(module, query, key, value, mask, memtune_pass=Pass(), scaling=WIDTH**-0.5)
+    for row, number in enumerate((2, 1, 0)):
+        keys, values = (
+            torch.cat([own[row], more[row, 0, :, :number]], dim=1)[None]
+            for own, more in ((key, further.key), (value, further.value))
+        )
+        full = None if mask is None else torch.cat([mask, torch.zeros(1, HEADS, 5, number)], dim=-1)
+        expected = attend(query[row : row + 1], keys, values, full)
+        torch.testing.assert_close(output[row : row + 1], expected, atol=1e-6, rtol=1e-5)
 
 
 def test_sources_are_cast_to_the_keys(module: Any) -> None:
@@ -117,10 +162,16 @@ def test_sources_are_cast_to_the_keys(module: Any) -> None:
 
 def test_widen() -> None:
     additive, boolean = torch.full((1, 1, 2, 3), -1.0), torch.zeros(1, 1, 2, 3, dtype=torch.bool)
-    assert widen(None, 2) is None
-    assert widen(additive, 0) is additive
-    assert widen(additive, 2)[0, 0].tolist() == [[-1.0, -1.0, -1.0, 0.0, 0.0]] * 2
-    assert widen(boolean, 1)[0, 0].tolist() == [[False, False, False, True]] * 2
+    key = torch.zeros(2, 1, 3, 4)
+    two = KeysValues(torch.zeros(1, 1, 1, 2, 4), torch.zeros(1, 1, 1, 2, 4))
+    assert widen(None, two, key) is None
+    assert widen(additive, two, key)[0, 0].tolist() == [[-1.0, -1.0, -1.0, 0.0, 0.0]] * 2
+    assert widen(boolean, two, key)[0, 0].tolist() == [[False, False, False, True, True]] * 2
+    first = two._replace(present=torch.tensor([[[True, True]], [[True, False]]]))
+    lowest = torch.finfo(torch.float32).min
+    assert widen(None, first, key)[:, 0, 0].tolist() == [[0.0] * 5, [0.0] * 4 + [lowest]]
+    assert widen(additive, first, key)[1, 0].tolist() == [[-1.0, -1.0, -1.0, 0.0, lowest]] * 2
+    assert widen(boolean, first, key)[1, 0].tolist() == [[False, False, False, True, False]] * 2
 
 
 @pytest.mark.parametrize("name", ["memtune_adapted", "memtune_trunk", "memtune_stream"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -188,7 +189,7 @@ def test_the_class_token_of_a_view_can_be_replaced() -> None:
     case = BY_NAME["clip"]
     backbone = Backbone(case.build())
     view = backbone.view()
-    view.set_class_token(torch.zeros(16))
+    view.set_class_token(partial(torch.zeros, 1, 1, 16))
     with torch.no_grad():
         changed = view.features(case.images())
         assert not torch.allclose(changed, backbone.features(case.images()))

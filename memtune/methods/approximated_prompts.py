@@ -19,7 +19,9 @@ tokens, and 2 n r D once a pass for P~.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +31,7 @@ from ..adapter import Adapter, AdapterConfig
 from ..backbones import Backbone
 from ..errors import ConfigError
 from ..registry import register_method
+from ..stacking import Stack, fit_rows, per_task
 from ..streams import AdaptedStream, TaskStream
 
 ACTIVATIONS = ("relu", "softmax")
@@ -93,22 +96,65 @@ class BlockPrompts(nn.Module):
         self.activation = nn.ReLU() if config.activation == "relu" else nn.Softmax(dim=-1)
         self.dropout = nn.Dropout(config.dropout)
 
+    def keys(self) -> Tensor:
+        """P~ (n, width)."""
+        return self.prompts + self.prompts @ self.prompt_A @ self.prompt_B
+
     def forward(self, states: Tensor, attended: Tensor) -> Tensor:
         """O' (batch, tokens, width) for X, `states`, and O, `attended`, of the same shape."""
-        keys = self.prompts + self.prompts @ self.prompt_A @ self.prompt_B
-        scores = self.dropout(self.activation(states @ keys.to(states.dtype).T))  # (batch, tokens, n)
+        scores = self.dropout(self.activation(states @ self.keys().to(states.dtype).T))  # (batch, tokens, n)
         weight = scores.detach().amax(dim=-1, keepdim=True)
         term = weight * (scores @ self.prompts.to(scores.dtype))
         if self.prompt_gate is not None:
             term = self.prompt_gate.to(term.dtype) * term
         return self.prompt_scale.exp().to(attended.dtype) * (attended + term.to(attended.dtype))
 
-    def change_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """A forward hook of an attention module."""
-        states = args[0] if args else kwargs["hidden_states"]
-        attended, *rest = output if isinstance(output, tuple) else (output,)
-        changed = self(states, attended)
-        return (changed, *rest) if isinstance(output, tuple) else changed
+
+class PromptStack:
+    """The prompts of several tasks in one block, all with the same activation.
+
+    Args:
+        stack: The tasks' parts.
+    """
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+        self._softmax = isinstance(stack.parts[0].activation, nn.Softmax)
+        self._keys = stack.rows(lambda part: part.keys())  # (tasks, n, width)
+        self._prompts = stack.rows(lambda part: part.prompts)
+        self._scale = stack.rows(lambda part: part.prompt_scale.exp(), neutral=1.0)  # (tasks, 1)
+        gates = (part.prompt_gate for part in stack.parts)
+        gated = any(gate is not None for gate in gates)
+        self._gate = stack.rows(_gate_or_one) if gated else None
+        self._present = stack.present(lambda part: part.prompts) if self._softmax else None
+
+    def __call__(self, states: Tensor, attended: Tensor) -> Tensor:
+        """O' (rows, tokens, width), for each token or row by its task."""
+        scores = per_task(states, self._spread(self._keys, states).mT)  # (rows, tokens, n)
+        if self._present is not None:
+            scores = scores.masked_fill(~self._spread(self._present, states), torch.finfo(scores.dtype).min)
+        scores = scores.softmax(dim=-1) if self._softmax else scores.relu()
+        term = scores.amax(dim=-1, keepdim=True) * per_task(scores, self._spread(self._prompts, states))
+        if self._gate is not None:
+            term = self._spread(self._gate, states).to(term.dtype) * term
+        return self._spread(self._scale, states).to(attended.dtype) * (attended + term.to(attended.dtype))
+
+    def _spread(self, rows: Tensor, states: Tensor) -> Tensor:
+        return fit_rows(self._stack.chosen(rows), states.shape[0])
+
+
+def _gate_or_one(part: BlockPrompts) -> Tensor:
+    return torch.ones_like(part.prompt_scale) if part.prompt_gate is None else part.prompt_gate
+
+
+def change_output(
+    prompts: Callable[[Tensor, Tensor], Tensor], module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+) -> Any:
+    """A forward hook of an attention module, when its first argument is given."""
+    states = args[0] if args else kwargs["hidden_states"]
+    attended, *rest = output if isinstance(output, tuple) else (output,)
+    changed = prompts(states, attended)
+    return (changed, *rest) if isinstance(output, tuple) else changed
 
 
 @register_method
@@ -117,6 +163,7 @@ class ApproximatedPromptAdapter(Adapter[ApproximatedPromptConfig]):
 
     config_class = ApproximatedPromptConfig
     needs_attention_function = False
+    stackable = True
 
     def __init__(self, config: ApproximatedPromptConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
@@ -129,4 +176,14 @@ class ApproximatedPromptAdapter(Adapter[ApproximatedPromptConfig]):
         for index, prompts in self.blocks.items():
             assert isinstance(prompts, BlockPrompts)
             attention = stream.view.blocks[int(index)]["attention"]
-            attention.register_forward_hook(prompts.change_output, with_kwargs=True)
+            attention.register_forward_hook(partial(change_output, prompts), with_kwargs=True)
+
+    @classmethod
+    def attach_stack(cls, adapters: Sequence[Any], stream: AdaptedStream | TaskStream) -> None:
+        """The same for several tasks, those with one activation after those with the other."""
+        for activation in ACTIVATIONS:
+            same = [each if each and each.config.activation == activation else None for each in adapters]
+            for index, parts in cls.block_parts(same, stream.view.depth):
+                attention = stream.view.blocks[index]["attention"]
+                hook = partial(change_output, PromptStack(Stack(parts, stream.selection)))
+                attention.register_forward_hook(hook, with_kwargs=True)

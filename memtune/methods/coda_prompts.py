@@ -20,15 +20,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, AdapterConfig
+from ..attention import KeysValues, Pass
 from ..backbones import Backbone, Block
 from ..errors import ConfigError
 from ..registry import register_method
+from ..stacking import Stack
 from ..streams import AdaptedStream, TaskStream
 
 
@@ -108,23 +110,76 @@ class BlockPool(nn.Module):
 
     def compose(self, query: Tensor) -> Tensor:
         """The prompt p (batch, length, width) of each query (batch, query width)."""
-        prefix, key, attention = self.in_use()
-        query = query.to(key.dtype)
-        with torch.autocast(query.device.type, enabled=False):
-            # cos(q * A_m, K_m) by matrix products, which take no (batch, pool, width) tensor
-            squares = query.square() @ attention.square().T  # |q * A_m|^2, (batch, pool)
-            lengths = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
-            weights = query @ (attention * nn.functional.normalize(key, dim=1)).T / lengths
-            return torch.einsum("bm,mld->bld", weights, prefix)
+        prefix, key, attention = (each[None, None] for each in self.in_use())
+        return _compose(query, prefix, key, attention).squeeze(1)
 
-    def keys_values(self, block: Block, query: Tensor) -> tuple[Tensor, Tensor]:
-        """The two halves of each image's prompt as keys and values, each (batch, heads, length / 2, head width)."""
-        key, value = self.compose(query).unflatten(-1, (block.heads, -1)).transpose(1, 2).chunk(2, dim=2)
-        return key, value
+    def keys_values(self, block: Block, current: Pass) -> KeysValues:
+        """The two halves of each image's prompt as keys and values, each (batch, 1, heads, length / 2, head width)."""
+        assert current.query is not None
+        key, value = self.compose(current.query).unsqueeze(1).chunk(2, dim=2)
+        return KeysValues(_by_heads(key, block), _by_heads(value, block))
 
     def penalty(self) -> Tensor:
         """How far prefixes, keys and attention vectors in use are from orthonormal rows, a single number."""
         return torch.stack([_distance(each.flatten(1)) for each in self.in_use()]).sum()
+
+
+class PoolStack:
+    """The pools of several tasks in one block.
+
+    Args:
+        stack: The tasks' parts.
+    """
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+        self._key_half, self._value_half, self._key, self._attention = (
+            stack.rows(read)
+            for read in (_key_half, _value_half, lambda part: part.in_use()[1], lambda part: part.in_use()[2])
+        )
+        self._present = stack.present(lambda part: _key_half(part)[0])
+
+    def __call__(self, block: Block, current: Pass) -> KeysValues:
+        """Keys and values of the tasks that the pass is for; shorter prompts than others' have rows masked."""
+        assert current.query is not None
+        attention, key = self._stack.chosen(self._attention), self._stack.chosen(self._key)
+        halves = (
+            _compose(current.query, self._stack.chosen(half), key, attention)
+            for half in (self._key_half, self._value_half)
+        )
+        present = None if self._present is None else self._stack.chosen(self._present)
+        return KeysValues(*(_by_heads(half, block) for half in halves), present)
+
+
+def _key_half(pool: BlockPool) -> Tensor:
+    return pool.in_use()[0].chunk(2, dim=1)[0]
+
+
+def _value_half(pool: BlockPool) -> Tensor:
+    return pool.in_use()[0].chunk(2, dim=1)[1]
+
+
+def _compose(query: Tensor, prefix: Tensor, key: Tensor, attention: Tensor) -> Tensor:
+    """Prompts (batch, tasks, length, width) of queries (batch, query width).
+
+    Args:
+        query: The queries.
+        prefix: (1 or batch, tasks, pool, length, width).
+        key: (1 or batch, tasks, pool, query width).
+        attention: (1 or batch, tasks, pool, query width).
+    """
+    query = query.to(key.dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        # cos(q * A_m, K_m) by matrix products, which take no (batch, pool, width) tensor
+        squares = torch.einsum("nd,ntmd->ntm", query.square(), attention.square())  # |q * A_m|^2
+        lengths = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+        weights = torch.einsum("nd,ntmd->ntm", query, attention * nn.functional.normalize(key, dim=-1)) / lengths
+        return torch.einsum("ntm,ntmld->ntld", weights, prefix)
+
+
+def _by_heads(rows: Tensor, block: Block) -> Tensor:
+    """(batch, tasks, rows, width) as (batch, tasks, heads, rows, head width)."""
+    return rows.unflatten(-1, (block.heads, -1)).transpose(2, 3)
 
 
 def _distance(rows: Tensor) -> Tensor:
@@ -153,6 +208,7 @@ class CodaPromptAdapter(Adapter[CodaPromptConfig]):
     """
 
     config_class = CodaPromptConfig
+    stackable = True
 
     def __init__(self, config: CodaPromptConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
@@ -197,4 +253,12 @@ class CodaPromptAdapter(Adapter[CodaPromptConfig]):
         if isinstance(stream, AdaptedStream):
             stream.require_query()
         for index, pool in self._pools().items():
-            stream.sites[index].image_sources.append(pool.keys_values)
+            stream.sites[index].sources.append(pool.keys_values)
+
+    @classmethod
+    def attach_stack(cls, adapters: Sequence[Any], stream: AdaptedStream | TaskStream) -> None:
+        """Give each block's attention the keys and values that all tasks' pools compose."""
+        if isinstance(stream, AdaptedStream):
+            stream.require_query()
+        for index, parts in cls.block_parts(adapters, stream.view.depth):
+            stream.sites[index].sources.append(PoolStack(Stack(parts, stream.selection)))

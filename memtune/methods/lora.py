@@ -8,7 +8,7 @@ Unmasked, a linear layer W in a chosen role becomes
     y = W x + b + s B A x,    A (r, d_in), B (d_out, r), s = alpha / r (rsLoRA: alpha / sqrt(r))
 
 Masked (ours), the task token's query, out, fc1 and fc2 are changed in this way, and the keys and values that it sees
-are made of the trunk's own, which stay as they are:
+of the image are made of the trunk's, which stay as they are (the token's own, and those of memory, are not changed):
 
     K' = K + s (K A^T) B^T,    V' = V + s (V A^T) B^T,    K and V with all heads side by side, (tokens, width)
 
@@ -20,19 +20,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import peft
 import torch
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from ..adapter import Adapter, AdapterConfig
 from ..backbones import Backbone
 from ..errors import ConfigError
 from ..peft_names import LINEAR_ROLES, roles_of_targets
 from ..registry import register_method
+from ..stacking import Stack, fit_rows, per_task
 from ..streams import AdaptedStream, TaskStream
 from ..views import shadow
 
@@ -157,6 +158,10 @@ def _check_roles(roles: Any) -> tuple[str, ...]:
     return tuple(role for role in LINEAR_ROLES if role in given)
 
 
+Matrices = Callable[[], tuple[Tensor, Tensor]]
+"""Gives A^T and s B^T of each task, (1 or rows, 1 or tasks, d_in, r) and (1 or rows, 1 or tasks, r, d_out)."""
+
+
 class LowRank(nn.Module):
     """The update of one role of one block: A, B and, with DoRA, the lengths of the rows.
 
@@ -194,16 +199,16 @@ class LowRank(nn.Module):
         layer.training = self.training
         return layer
 
-    def reduce(self, states: Tensor) -> Tensor:
-        """A applied to keys or values: (batch, heads, tokens, head width) to (batch, heads, tokens, r), heads alike."""
-        heads = states.shape[1]
-        down = self.lora_A.unflatten(1, (heads, -1)).permute(1, 2, 0)  # (heads, head width, r)
-        states = self.lora_dropout(states[..., : down.shape[1]]).to(down.dtype)
-        return (states @ down).sum(dim=1, keepdim=True).expand(-1, heads, -1, -1)
+    def down_up(self) -> tuple[Tensor, Tensor]:
+        """A^T (d_in, r) and s B^T (r, d_out)."""
+        return self.lora_A.T, self.lora_B.T * self.scaling
 
-    def up(self, heads: int) -> Tensor:
-        """The scaled B by heads, (heads, head width, r)."""
-        return self.lora_B.unflatten(0, (heads, -1)) * self.scaling
+    def row_scale(self, base: Any) -> Tensor | None:
+        """DoRA's factor of each row, (d_out): its trained length over that of W + s B A; None without DoRA."""
+        if not hasattr(self, "lora_magnitude"):
+            return None
+        down, up = self.down_up()
+        return self.lora_magnitude / (base.weight.to(up.dtype) + (down @ up).T).norm(dim=1)
 
 
 def _peft_layer(base: nn.Module, config: LoraConfig) -> Any:
@@ -213,52 +218,109 @@ def _peft_layer(base: nn.Module, config: LoraConfig) -> Any:
     return LoraModel._create_new_module(settings, _NAME, base, r=config.r, lora_alpha=config.lora_alpha, **kind)
 
 
-class SeenKeysValues:
-    """Lets a task's attention see K' and V' without computing them.
+class SeenUpdates:
+    """Lets tasks see K' and V' without computing them (a `memtune.attention.TrunkReader`).
 
-    The task token has one query in each head h, so that the updates need only be known in the r dimensions of A:
+    A task token has one query in each head h, so that the updates need only be known in the r dimensions of A:
 
         q_h K'_h^T = q_h K_h^T + (s q_h B_h) (K A^T)^T,    p V'_h = p V_h + s (p (V A^T)) B_h^T
 
-    The kernel runs on heads that are r wider. For N tokens of width D this takes 2 N D r multiply-adds, and K' and V'
-    themselves 4 N D r. (To fold A into the query and the context as well takes 2 N D H for H heads, so it is cheaper
-    where H < r, but it needs the kernel's probabilities.)
+    For N tokens of width D this takes 2 N D r multiply-adds, and K' and V' themselves 4 N D r. (To fold A into the
+    query and the context as well takes 2 N D H for H heads, so it is cheaper where H < r.)
 
     Args:
-        key: The update of the keys, or None.
-        value: The update of the values, or None.
+        key: The matrices of the keys' update, or None.
+        value: Those of the values'.
+        dropout: What the input of A goes through in training.
     """
 
-    def __init__(self, key: LowRank | None, value: LowRank | None) -> None:
-        self.key = key
-        self.value = value
+    def __init__(self, key: Matrices | None, value: Matrices | None, dropout: nn.Module | None = None) -> None:
+        self._key, self._value, self._dropout = key, value, dropout
 
-    def __call__(
-        self,
-        kernel: Callable[..., Any],
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run an attention function on query, key and value, each (batch, heads, tokens, head width)."""
-        if kwargs.get("scaling") is None:
-            kwargs["scaling"] = query.shape[-1] ** -0.5  # a kernel would take that of the wider heads
-        if self.key is not None:
-            up = self.key.up(query.shape[1])
-            asked = query[..., : up.shape[1]].to(up.dtype) @ up  # (batch, heads, queries, r)
-            query = torch.cat([query, asked.to(query.dtype)], dim=-1)
-            key = torch.cat([key, self.key.reduce(key).to(key.dtype)], dim=-1)
-        if self.value is None:
-            return kernel(module, query, key, value, *args, **kwargs)
-        width = value.shape[-1]
-        value = torch.cat([value, self.value.reduce(value).to(value.dtype)], dim=-1)
-        context, weights = kernel(module, query, key, value, *args, **kwargs)  # (batch, queries, heads, width + r)
-        up = self.value.up(context.shape[2])
-        update = (context[..., width:].to(up.dtype).unsqueeze(-2) @ up.mT).squeeze(-2).to(context.dtype)
-        return context[..., :width] + pad(update, (0, width - update.shape[-1])), weights
+    def scores(self, query: Tensor, key: Tensor) -> Tensor | None:
+        """The scores q (K' - K)^T of queries (rows, heads, tasks, head width), K (rows, heads, tokens, head width)."""
+        if self._key is None:
+            return None
+        down, up = self._key()
+        up = up.unflatten(-1, (query.shape[1], -1)).to(query.dtype)  # (rows, tasks, r, heads, head width)
+        asked = torch.einsum("nhtd,ntrhd->nthr", query, up)
+        return torch.einsum("nthr,ntzr->nhtz", asked, self._reduce(key, down).to(asked.dtype))
+
+    def context(self, weights: Tensor, value: Tensor) -> Tensor | None:
+        """The context p (V' - V) of weights (rows, heads, tasks, tokens), V (rows, heads, tokens, head width)."""
+        if self._value is None:
+            return None
+        down, up = self._value()
+        reduced = self._reduce(value, down).to(weights.dtype)
+        up = up.unflatten(-1, (value.shape[1], -1)).to(weights.dtype)
+        return torch.einsum("nthr,ntrhd->nhtd", torch.einsum("nhtz,ntzr->nthr", weights, reduced), up)
+
+    def _reduce(self, states: Tensor, down: Tensor) -> Tensor:
+        """A applied to keys or values, all heads side by side: (rows, tasks, tokens, r)."""
+        states = states.transpose(1, 2).flatten(2).to(down.dtype)
+        states = states if self._dropout is None else self._dropout(states)
+        return torch.einsum("nzd,ntdr->ntzr", states, down)
+
+
+def _single(update: LowRank | None) -> Matrices | None:
+    """The matrices of one task, as they are at each pass."""
+    return None if update is None else lambda: tuple(each[None, None] for each in update.down_up())  # type: ignore[return-value]
+
+
+class UpdateStack:
+    """The matrices of several tasks' updates of one role in one block.
+
+    Args:
+        stack: The tasks' parts.
+    """
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+        self._down = stack.rows(lambda part: part.down_up()[0])  # (tasks, d_in, r)
+        self._up = stack.rows(lambda part: part.down_up()[1])  # (tasks, r, d_out)
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """A^T and s B^T of the tasks that the pass is for, (1 or images, 1 or tasks, ..., ...) each."""
+        return self._stack.chosen(self._down), self._stack.chosen(self._up)
+
+
+class StackedLinear(nn.Module):
+    """A linear layer with each task's own update.
+
+    Args:
+        base: The layer of the view.
+        stack: The tasks' parts.
+    """
+
+    def __init__(self, base: Any, stack: Stack) -> None:
+        super().__init__()
+        self.base = base
+        self._stack = stack
+        self._matrices = UpdateStack(stack)
+        scaled = any(part.row_scale(base) is not None for part in stack.parts)
+        self._scale = stack.rows(partial(_scale_or_ones, base), neutral=1.0) if scaled else None  # (tasks, d_out)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """W x + b + s B A x, with DoRA each row of the sum but b scaled, of states (rows, tokens, d_in)."""
+        down, up = self._matrices()
+        output = self.base(states)
+        update = per_task(per_task(states.to(down.dtype), down), up).to(output.dtype)
+        if self._scale is None:
+            return output + update
+        bias = 0 if self.base.bias is None else self.base.bias
+        scale = fit_rows(self._stack.chosen(self._scale), states.shape[0]).to(output.dtype)
+        return (output - bias + update) * scale + bias
+
+
+def _scale_or_ones(base: Any, part: LowRank) -> Tensor:
+    scale = part.row_scale(base)
+    return torch.ones_like(part.lora_B[:, 0]) if scale is None else scale
+
+
+def _by_role(parts: Sequence[Any]) -> dict[str, list[LowRank | None]]:
+    """For each role that one of the parts has, each part's update of it, or None."""
+    roles = {role: None for part in parts if part is not None for role in part}
+    return {role: [part[role] if part is not None and role in part else None for part in parts] for role in roles}
 
 
 @register_method
@@ -267,6 +329,7 @@ class LoraAdapter(Adapter[LoraConfig]):
 
     config_class = LoraConfig
     needs_attention_function = False
+    stackable = True
 
     def __init__(self, config: LoraConfig, backbone: Backbone) -> None:
         config = config if config.roles else config.for_mode(masked=False)
@@ -283,14 +346,27 @@ class LoraAdapter(Adapter[LoraConfig]):
         return [(int(index), dict(roles.items())) for index, roles in self.blocks.items()]  # type: ignore[attr-defined]
 
     def attach(self, stream: AdaptedStream | TaskStream) -> None:
-        """Put the updates around the view's linear layers; masked, those of keys and values around the kernel."""
+        """Put the updates around the view's linear layers; masked, those of keys and values between task and trunk."""
         for index, updates in self._updates():
             if stream.masked and {"key", "value"} & updates.keys():
-                seen = SeenKeysValues(updates.pop("key", None), updates.pop("value", None))
-                stream.sites[index].wrappers.append(seen)
+                key, value = updates.pop("key", None), updates.pop("value", None)
+                dropout = (key or value).lora_dropout  # type: ignore[union-attr]
+                stream.sites[index].readers.append(SeenUpdates(_single(key), _single(value), dropout))
             block = stream.view.blocks[index]
             for role, update in updates.items():
                 block.replace(role, update.on(block[role]))
+
+    @classmethod
+    def attach_stack(cls, adapters: Sequence[Any], stream: AdaptedStream | TaskStream) -> None:
+        """The same for several tasks: each row or token gets the update of its own task."""
+        for index, parts in cls.block_parts(adapters, stream.view.depth):
+            stacks = {role: Stack(own, stream.selection) for role, own in _by_role(parts).items()}
+            if stream.masked:
+                key, value = (UpdateStack(stacks.pop(role)) if role in stacks else None for role in ("key", "value"))
+                stream.sites[index].readers.append(SeenUpdates(key, value))
+            block = stream.view.blocks[index]
+            for role, stack in stacks.items():
+                block.replace(role, StackedLinear(block[role], stack))
 
     def merge_into(self, backbone: Backbone) -> None:
         """Add the updates to the weights.

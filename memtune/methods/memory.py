@@ -13,6 +13,7 @@ Parameters: L m D for L blocks of width D; the class token of the task adds D, t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,9 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, AdapterConfig
+from ..attention import KeysValues, Pass
 from ..backbones import Backbone, Block
 from ..errors import ConfigError
 from ..registry import register_method
+from ..stacking import Stack
 from ..streams import AdaptedStream, TaskStream
 
 
@@ -69,26 +72,20 @@ class BlockMemory(nn.Module):
     def __init__(self, tokens: int, width: int, init_std: float) -> None:
         super().__init__()
         self.memory = nn.Parameter(torch.empty(tokens, width).normal_(std=init_std))
-        self._kept: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        self._kept: tuple[Any, KeysValues] | None = None
 
-    def keys_values(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Keys and values of the memory by the block's norm and projections, each (1, heads, m, head width).
+    def keys_values(self, block: Block, current: Pass | None = None) -> KeysValues:
+        """Keys and values of the memory by the block's norm and projections, each (1, 1, heads, m, head width).
 
         They do not depend on the images, so in evaluation they are kept until a parameter behind them changes.
         """
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._project(block)
+            return _project(self.memory.expand(1, 1, -1, -1), block)
         state = self._state(block)
         kept = self._kept
         if kept is None or kept[0] != state:
-            kept = self._kept = (state, self._project(block))
+            kept = self._kept = (state, _project(self.memory.expand(1, 1, -1, -1), block))
         return kept[1]
-
-    def _project(self, block: Block) -> tuple[Tensor, Tensor]:
-        memory = block["norm1"](self.memory.to(block["norm1"].weight.dtype))
-        shape = (1, memory.shape[0], -1, block.head_width)
-        key, value = (block[role](memory).view(shape).transpose(1, 2) for role in ("key", "value"))
-        return key, value
 
     def _state(self, block: Block) -> Any:
         """What changes whenever the keys and values do: the parameters' places and versions, and the precision."""
@@ -99,11 +96,44 @@ class BlockMemory(nn.Module):
         return versions, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
+class MemoryStack:
+    """The memory of several tasks in one block.
+
+    Args:
+        stack: The tasks' parts.
+        block: The block of the view, or None to project at each pass, by projections that may be the tasks' own.
+    """
+
+    def __init__(self, stack: Stack, block: Block | None) -> None:
+        self._stack = stack
+        self._present = stack.present(lambda part: part.memory)
+        self._memory = stack.rows(lambda part: part.memory)  # (tasks, m, width)
+        self._projected = None if block is None else _project(self._memory.unsqueeze(0), block)
+
+    def __call__(self, block: Block, current: Pass) -> KeysValues:
+        """Keys and values of the tasks that the pass is for; tasks with fewer tokens than others have them masked."""
+        present = None if self._present is None else self._stack.chosen(self._present)
+        if self._projected is None:
+            return _project(self._stack.chosen(self._memory), block)._replace(present=present)
+        key, value = (self._stack.chosen(part[0]) for part in self._projected[:2])
+        return KeysValues(key, value, present)
+
+
+def _project(memory: Tensor, block: Block) -> KeysValues:
+    """Keys and values (rows, tasks, heads, m, head width) of memory (rows, tasks, m, width)."""
+    rows, tasks, number, _ = memory.shape
+    memory = block["norm1"](memory.to(block["norm1"].weight.dtype)).flatten(1, 2)
+    shape = (rows, tasks, number, -1, block.head_width)
+    key, value = (block[role](memory).view(shape).transpose(2, 3) for role in ("key", "value"))
+    return KeysValues(key, value)
+
+
 @register_method
 class MemoryAdapter(Adapter[MemoryConfig]):
     """Memory tokens for the blocks of one backbone; in masked mode only the task token sees them."""
 
     config_class = MemoryConfig
+    stackable = True
 
     def __init__(self, config: MemoryConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
@@ -118,3 +148,13 @@ class MemoryAdapter(Adapter[MemoryConfig]):
             assert isinstance(memory, BlockMemory)
             memory._kept = None  # a new parameter may lie where one that is gone lay
             stream.sites[int(index)].sources.append(memory.keys_values)
+
+    @classmethod
+    def attach_stack(cls, adapters: Sequence[Any], stream: AdaptedStream | TaskStream) -> None:
+        """Give each block's attention the keys and values of all tasks' memory.
+
+        A task stream projects by the backbone's own weights, so its keys and values are made once, now.
+        """
+        for index, parts in cls.block_parts(adapters, stream.view.depth):
+            block = stream.view.blocks[index] if stream.masked else None
+            stream.sites[index].sources.append(MemoryStack(Stack(parts, stream.selection), block))

@@ -15,10 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTModel
 
 from memtune import wrap
+from memtune.attention import Pass
 from memtune.backbones import Backbone
 from memtune.errors import ConfigError
 from memtune.methods import LoraConfig, MemoryConfig
-from memtune.methods.lora import LoraAdapter, SeenKeysValues
+from memtune.methods.lora import LoraAdapter, SeenUpdates
 from memtune.registry import as_config, read_config
 
 VIT = BY_NAME["vit"]
@@ -249,8 +250,10 @@ def slow_stream(model, tensors, images, scale):
             own = layer.layernorm_before(token)
             query = updated(index, "query", own, attention.q_proj(own))
             seen = torch.cat([normed, own[None]])
-            key = torch.stack([updated(index, "key", each) for each in attention.k_proj(seen)])
-            value = torch.stack([updated(index, "value", each) for each in attention.v_proj(seen)])
+            *key, own_key = attention.k_proj(seen)
+            *value, own_value = attention.v_proj(seen)
+            key = [*(updated(index, "key", each) for each in key), own_key]  # the updates are of what the trunk has
+            value = [*(updated(index, "value", each) for each in value), own_value]
             context = []
             for head in range(2):
                 columns = slice(8 * head, 8 * head + 8)
@@ -274,18 +277,20 @@ def test_masked_equals_the_formula_written_out():
     torch.testing.assert_close(tuned(VIT.images(3)).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-class SlowKeysValues(SeenKeysValues):
+class SlowUpdates(SeenUpdates):
     """The same with K' and V' computed."""
 
-    def __call__(self, kernel, module, query, key, value, *args, **kwargs):
-        def seen(update, states):
-            if update is None:
-                return states
-            merged = states.transpose(1, 2).flatten(2)  # (batch, tokens, width)
-            changed = merged + update.scaling * (merged @ update.lora_A.T) @ update.lora_B.T
-            return changed.unflatten(2, (states.shape[1], -1)).transpose(1, 2)
+    @staticmethod
+    def seen(matrices, states):
+        (down,), (up,) = (each[0] for each in matrices())
+        merged = states.transpose(1, 2).flatten(2)  # (batch, tokens, width)
+        return (merged + merged @ down @ up).unflatten(2, (states.shape[1], -1)).transpose(1, 2)
 
-        return kernel(module, query, seen(self.key, key), seen(self.value, value), *args, **kwargs)
+    def scores(self, query, key):
+        return None if self._key is None else query @ (self.seen(self._key, key) - key).mT
+
+    def context(self, weights, value):
+        return None if self._value is None else weights @ (self.seen(self._value, value) - value)
 
 
 @each([case for case in GLOBAL if case in FAMILIES])
@@ -306,7 +311,7 @@ def assert_folded_equals_slow(case, roles, attention, monkeypatch):
     several = [LoraConfig(r=3, roles=roles), MemoryConfig(2)]
     tuned = scramble(tune(case, several, masked=True, backbone=backbone))
     folded = tuned(case.images()).logits
-    monkeypatch.setattr("memtune.methods.lora.SeenKeysValues", SlowKeysValues)
+    monkeypatch.setattr("memtune.methods.lora.SeenUpdates", SlowUpdates)
     torch.testing.assert_close(folded, tuned.eval()(case.images()).logits, atol=2e-5, rtol=2e-5)
 
 
@@ -314,7 +319,7 @@ def test_folding_composes_for_ranks_of_their_own(monkeypatch):
     ranks = [LoraConfig(r=3, roles=("key",)), LoraConfig(r=5, roles=("value",)), LoraConfig(r=2, roles=("query",))]
     tuned = scramble(tune(VIT, ranks, masked=True))
     folded = tuned(VIT.images()).logits
-    monkeypatch.setattr("memtune.methods.lora.SeenKeysValues", SlowKeysValues)
+    monkeypatch.setattr("memtune.methods.lora.SeenUpdates", SlowUpdates)
     torch.testing.assert_close(folded, tuned.eval()(VIT.images()).logits, atol=1e-5, rtol=1e-5)
 
 
@@ -364,10 +369,10 @@ def test_memory_goes_through_the_adapted_projections(case):
     tensors, block = tuned.task.tensors(), Backbone(tuned.backbone).blocks[0]
     memory = block["norm1"](tensors["blocks.0.memory"])
     (source,) = tuned._stream.sites[0].sources
-    for role, got in zip(("key", "value"), source(tuned._stream.view.blocks[0]), strict=True):
+    for role, got in zip(("key", "value"), source(tuned._stream.view.blocks[0], Pass())[:2], strict=True):
         down, up = tensors[f"blocks.0.{role}.lora_A"], tensors[f"blocks.0.{role}.lora_B"]
         expected = block[role](memory) + 4 * memory @ down.T @ up.T
-        torch.testing.assert_close(got.transpose(1, 2).flatten(2)[0], expected)
+        torch.testing.assert_close(got[0].transpose(1, 2).flatten(2)[0], expected)
 
 
 @pytest.mark.parametrize("masked", [False, True])
