@@ -2,6 +2,8 @@
 
 from .adapter import Adapter as Adapter
 from .adapter import AdapterConfig as AdapterConfig
+from .combine import MultiTaskModel as MultiTaskModel
+from .combine import combine as combine
 from .errors import MemtuneError as MemtuneError
 from .methods import ApproximatedPromptConfig as ApproximatedPromptConfig
 from .methods import CodaPromptConfig as CodaPromptConfig

@@ -139,6 +139,10 @@ class Adapter(nn.Module, ABC, Generic[ConfigT]):
             if any(part is not None for part in parts):
                 yield index, parts
 
+    def changed_blocks(self, backbone: Backbone) -> list[int]:
+        """Indices of the blocks that the adapter changes."""
+        return [block.index for block in self.config.select(backbone)]
+
     def start_task(self, task: int) -> None:
         """Be told, in class-incremental learning, that the task of this number begins, 0 for the first."""
 

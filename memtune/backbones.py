@@ -202,12 +202,21 @@ class Backbone:
         output = self.run_tower(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         return self.family.feature(self.tower, output)
 
+    def run_model(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any) -> Any:
+        """The whole model's output for images; the tower's where the model also takes text."""
+        if self.model.main_input_name != "pixel_values":
+            return self.run_tower(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        return self.model(**self._arguments(pixel_values, interpolate_pos_encoding), **kwargs)
+
     def run_tower(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any) -> Any:
         """The tower's own output for images (batch, channels, height, width)."""
+        return self.tower(**self._arguments(pixel_values, interpolate_pos_encoding), **kwargs)
+
+    def _arguments(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> dict[str, Any]:
         arguments = self.family.tower_arguments(self.tower, pixel_values)
         if not self.family.any_size:
             arguments["interpolate_pos_encoding"] = interpolate_pos_encoding
-        return self.tower(pixel_values, **arguments, **kwargs)
+        return {"pixel_values": pixel_values} | arguments
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Task tokens after the last block as features for heads, both (batch, tasks, width)."""

@@ -7,6 +7,7 @@ image (they are then the tokens of a stream), or one for each image (a mixed bat
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,20 +17,27 @@ from torch.nn.functional import pad
 
 
 class Selection:
-    """Which tasks the present pass of one view is for: set before the pass, read by what is attached to the view.
+    """Which tasks the present pass of a stream is for: set before the pass, read by what is attached to the view.
 
-    Attributes:
-        index: Numbers of the tasks: one for each token of a stream, or one for each image; None for all in their order.
-        by_row: Whether each image has a task of its own.
+    Each thread has its own.
     """
 
     def __init__(self) -> None:
-        self.index: Tensor | None = None
-        self.by_row = False
+        self._chosen = threading.local()
+
+    @property
+    def index(self) -> Tensor | None:
+        """Numbers of the tasks: one for each token of a stream, or one for each image; None for all in their order."""
+        return getattr(self._chosen, "index", None)
+
+    @property
+    def by_row(self) -> bool:
+        """Whether each image has a task of its own."""
+        return getattr(self._chosen, "by_row", False)
 
     def choose(self, index: Tensor | None, *, by_row: bool) -> None:
         """Say what the next pass is for."""
-        self.index, self.by_row = index, by_row
+        self._chosen.index, self._chosen.by_row = index, by_row
 
     def spread(self, stacked: Tensor, lookup: Tensor | None = None) -> Tensor:
         """A stack (tasks, ...) as (1 or images, 1 or tasks, ...), the chosen ones of it.

@@ -114,8 +114,10 @@ class Trunk:
 
     def __init__(self, backbone: Backbone, keep_states: Collection[int] = ()) -> None:
         self.view = backbone.view()
-        if backbone.family.attention_function:
+        self._records = backbone.family.attention_function
+        if self._records:
             install(self.view, "memtune_trunk")
+            self.view.tower.register_forward_hook(self._keep_query, with_kwargs=True)
         for index in keep_states:
             hook = partial(_keep, index)
             self.view.blocks[index].module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -132,8 +134,28 @@ class Trunk:
         options: dict[str, Any] = {"interpolate_pos_encoding": interpolate_pos_encoding, "memtune_pass": current}
         output = self.view.run_tower(pixel_values, **options)
         check_visited(self.view, current)
-        current.query = self.view.family.feature(self.view.tower, output)
         return current, output
+
+    @torch.no_grad()
+    def answer(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> tuple[Pass, Any]:
+        """The same, with the whole model's output in place of its tower's.
+
+        Returns:
+            The pass, empty where the backbone does not use transformers' AttentionInterface; and the model's output (of
+            a model that also takes text the output of its vision tower), bit for bit that of the untouched backbone.
+        """
+        current = Pass()
+        options: dict[str, Any] = {"interpolate_pos_encoding": interpolate_pos_encoding}
+        if self._records:
+            options["memtune_pass"] = current
+        output = self.view.run_model(pixel_values, **options)
+        if self._records:
+            check_visited(self.view, current)
+        return current, output
+
+    def _keep_query(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        current: Pass = kwargs["memtune_pass"]
+        current.query = self.view.family.feature(self.view.tower, output)
 
 
 def _keep(index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -148,7 +148,8 @@ class PoolStack:
             for half in (self._key_half, self._value_half)
         )
         present = None if self._present is None else self._stack.chosen(self._present)
-        return KeysValues(*(_by_heads(half, block) for half in halves), present)
+        key_rows, value_rows = (_by_heads(half, block) for half in halves)
+        return KeysValues(key_rows, value_rows, present)
 
 
 def _key_half(pool: BlockPool) -> Tensor:
@@ -179,7 +180,7 @@ def _compose(query: Tensor, prefix: Tensor, key: Tensor, attention: Tensor) -> T
 
 def _by_heads(rows: Tensor, block: Block) -> Tensor:
     """(batch, tasks, rows, width) as (batch, tasks, heads, rows, head width)."""
-    return rows.unflatten(-1, (block.heads, -1)).transpose(2, 3)
+    return rows.unflatten(-1, (-1, block.head_width)).transpose(2, 3)
 
 
 def _distance(rows: Tensor) -> Tensor:

@@ -142,6 +142,10 @@ class MemoryAdapter(Adapter[MemoryConfig]):
             {str(block.index): BlockMemory(config.tokens, block.width, config.init_std) for block in chosen}
         )
 
+    def changed_blocks(self, backbone: Backbone) -> list[int]:
+        """Those that have memory."""
+        return [int(index) for index in self.blocks]
+
     def attach(self, stream: AdaptedStream | TaskStream) -> None:
         """Give each block's attention the keys and values of its memory."""
         for index, memory in self.blocks.items():

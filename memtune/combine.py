@@ -1,0 +1,281 @@
+"""`combine()` and `MultiTaskModel`: adapters trained apart, answered from one pass over an image."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from .backbones import Backbone
+from .checkpoint import check_backbone, read_folder
+from .checks import check_images
+from .errors import BackboneMismatchError, ConfigError, InputError, MemtuneError
+from .fingerprint import fingerprint, same_weights
+from .freezing import Hold
+from .hub import find_folder
+from .lanes import AdaptedLane, Lane, Seen, eager, make_lanes
+from .streams import Trunk
+from .task import Task
+from .tuned import TunedModel
+
+TaskSource = str | Path | TunedModel
+"""An adapter folder, an adapter's id on the Hub, or a model in memory."""
+
+
+def combine(backbone: PreTrainedModel, tasks: Mapping[str, TaskSource], *, any_weights: bool = False) -> MultiTaskModel:
+    """Put adapters that were trained apart, on the same backbone, into one model.
+
+    Args:
+        backbone: The backbone that all of them were trained on.
+        tasks: The adapters by the names that their tasks shall have: folders, ids on the Hub, or tuned models, of which
+            a copy is taken.
+        any_weights: Accept a backbone of the right shape with other weights than an adapter was trained on.
+
+    Raises:
+        ConfigError: There are no tasks, or a name is no name.
+        BackboneMismatchError: An adapter was trained on another backbone; it is named.
+        CheckpointError: An adapter folder is damaged; it is named.
+    """
+    if not isinstance(tasks, Mapping) or not tasks:
+        raise ConfigError(f"tasks: got {tasks!r}, expected adapters by the names of their tasks, at least one")
+    model = MultiTaskModel(backbone)
+    model.add_tasks(tasks, any_weights=any_weights)
+    return model
+
+
+class MultiTaskOutput(dict[str, ImageClassifierOutput]):
+    """Each task's answer for a batch of images, by its name.
+
+    Attributes:
+        base: The untouched backbone's own output.
+    """
+
+    def __init__(self, answers: Mapping[str, ImageClassifierOutput], base: Any) -> None:
+        super().__init__(answers)
+        self.base = base
+
+
+class MixedOutput(list[ImageClassifierOutput]):
+    """For each image of a batch the answer of its own task, with `logits` (1, classes of that task).
+
+    Attributes:
+        base: The untouched backbone's own output for all images.
+    """
+
+    def __init__(self, answers: Sequence[ImageClassifierOutput], base: Any) -> None:
+        super().__init__(answers)
+        self.base = base
+
+
+@dataclass(frozen=True)
+class _Arrangement:
+    """What a pass runs: replaced as a whole when tasks come or go, so that a pass under way keeps its own."""
+
+    trunk: Trunk
+    lanes: list[Lane]
+    tasks: dict[str, Task]
+
+    @classmethod
+    def of(cls, backbone: Backbone, tasks: Mapping[str, Task]) -> _Arrangement:
+        lanes = make_lanes(backbone, tasks)
+        starts = {lane.first_block for lane in lanes if isinstance(lane, AdaptedLane)} - {0}
+        return cls(Trunk(backbone, keep_states=starts), lanes, dict(tasks))
+
+
+class MultiTaskModel(nn.Module):
+    """A frozen backbone with several tasks, for inference: one pass over an image answers all of them.
+
+    Made by `combine`. Calls may come from several threads, also while tasks are added and removed.
+
+    Attributes:
+        backbone: The backbone; its own forward is never changed.
+    """
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, backbone: PreTrainedModel) -> None:
+        super().__init__()
+        described = Backbone(backbone)
+        self.backbone = backbone
+        self._hold = Hold(backbone)
+        backbone.eval()
+        self._processors: dict[str, Any] = {}
+        self._arrange(described, {})
+        self.eval()
+
+    @property
+    def tasks(self) -> dict[str, list[str]]:
+        """The labels of each task, by its name."""
+        return {name: list(task.labels) for name, task in self._arrangement.tasks.items()}
+
+    def _arrange(self, backbone: Backbone, tasks: Mapping[str, Task]) -> None:
+        self._arrangement = _Arrangement.of(backbone, tasks)
+
+    def add_tasks(self, tasks: Mapping[str, TaskSource], *, any_weights: bool = False) -> None:
+        """Add tasks (see `combine`); if one of them cannot be added, none is."""
+        before, backbone = self._arrangement.tasks, Backbone(self.backbone)
+        added, processors = {}, {}
+        for name, source in tasks.items():
+            if not isinstance(name, str) or not name:
+                raise ConfigError(f"tasks: got the name {name!r}, expected a string")
+            if name in before:
+                raise ConfigError(f"tasks: there is a task {name!r} already; remove it first, or choose another name")
+            try:
+                task, processors[name] = _read(source, backbone, any_weights)
+            except MemtuneError as error:
+                raise type(error)(f"task {name!r}: {error}") from error
+            added[name] = task.requires_grad_(False).eval().to(self.backbone.device)
+        self._arrange(backbone, before | added)
+        self._processors |= processors
+
+    def add_task(self, name: str, source: TaskSource, *, any_weights: bool = False) -> None:
+        """Add one task (see `combine`)."""
+        self.add_tasks({name: source}, any_weights=any_weights)
+
+    def remove_task(self, name: str) -> None:
+        """Take a task out; a pass that is under way in another thread still answers it.
+
+        Raises:
+            ConfigError: There is no such task.
+        """
+        self._known([name])
+        tasks = {other: task for other, task in self._arrangement.tasks.items() if other != name}
+        self._arrange(Backbone(self.backbone), tasks)
+        self._processors.pop(name, None)
+
+    def _known(self, names: Sequence[str]) -> None:
+        tasks = self._arrangement.tasks
+        if unknown := [name for name in names if name not in tasks]:
+            raise ConfigError(f"got the unknown tasks {unknown}; this model has {list(tasks)}")
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        tasks: Sequence[str] | None = None,
+        rows: Sequence[str] | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> MultiTaskOutput | MixedOutput:
+        """Classify images by the labels of several tasks.
+
+        Args:
+            pixel_values: Images as the processor gives them, (batch, channels, height, width).
+            tasks: The tasks to answer for all images; None for all of them.
+            rows: The task of each image, where each has one of its own (a mixed batch).
+            interpolate_pos_encoding: Accept images of another size than the backbone's.
+
+        Returns:
+            The answers by task; or for `rows` a list of answers, one for each image, with `logits` (1, classes). Both
+            have the backbone's own output as `base`.
+
+        Raises:
+            InputError: The images have the wrong shape, type or size; both `tasks` and `rows` are given; or `rows` does
+                not name one task for each image.
+            ConfigError: A task is unknown.
+        """
+        return self._answer(pixel_values, tasks, rows, interpolate_pos_encoding)
+
+    @eager
+    @torch.no_grad()
+    def _answer(
+        self, pixel_values: Tensor, tasks: Sequence[str] | None, rows: Sequence[str] | None, interpolate: bool
+    ) -> MultiTaskOutput | MixedOutput:
+        arrangement = self._arrangement
+        trunk = arrangement.trunk
+        pixel_values = check_images(pixel_values, trunk.view, interpolate=interpolate)
+        names = _check_names(tasks, rows, pixel_values.shape[0], list(arrangement.tasks))
+        current, base = trunk.answer(pixel_values, interpolate_pos_encoding=interpolate)
+        seen = Seen(pixel_values, current, interpolate)
+        if rows is not None:
+            return MixedOutput(
+                [ImageClassifierOutput(logits=each) for each in _mixed(arrangement.lanes, seen, names)], base
+            )
+        answers: dict[str, Tensor] = {}
+        for lane in arrangement.lanes:
+            if own := [name for name in names if name in lane.names]:
+                answers |= lane.all(seen, own)
+        return MultiTaskOutput({name: ImageClassifierOutput(logits=answers[name]) for name in names}, base)
+
+    def train(self, mode: bool = True) -> MultiTaskModel:
+        """Stay in evaluation mode: this model is for inference; `wrap` trains."""
+        return super().train(False)
+
+    def _apply(self, *arguments: Any, **options: Any) -> MultiTaskModel:
+        super()._apply(*arguments, **options)
+        tasks = {name: task._apply(*arguments, **options) for name, task in self._arrangement.tasks.items()}
+        self._arrange(Backbone(self.backbone), tasks)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arrangement": self._arrangement.tasks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._hold.join(self.backbone)
+        self._arrange(Backbone(self.backbone), state["_arrangement"])
+
+
+@eager
+def _mixed(lanes: Sequence[Lane], seen: Seen, names: Sequence[str]) -> list[Tensor]:
+    """The logits (1, classes) of each image by its own task, each lane run over its images."""
+    answers: dict[int, Tensor] = {}
+    for lane in lanes:
+        places = [place for place, name in enumerate(names) if name in lane.names]
+        if not places:
+            continue
+        index = torch.tensor(places, device=seen.pixel_values.device)
+        own = seen if len(places) == len(names) else seen.images(index)
+        answers |= zip(places, lane.each(own, [names[place] for place in places]), strict=True)
+    return [answers[place] for place in range(len(names))]
+
+
+@eager
+def _check_names(
+    tasks: Sequence[str] | None, rows: Sequence[str] | None, batch: int, known: Sequence[str]
+) -> Sequence[str]:
+    names, what = (tasks, "tasks") if rows is None else (rows, "rows")
+    if tasks is not None and rows is not None:
+        raise InputError("got both tasks and rows; give tasks for all images, or rows with one task for each image")
+    if names is None:
+        return known
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise InputError(f"{what}: got {names!r}, expected a sequence of the names of tasks")
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"{what}: got the unknown tasks {unknown}; this model has {list(known)}")
+    if rows is not None and len(names) != batch:
+        raise InputError(f"rows: got {len(names)} names for {batch} images, expected one for each image")
+    if rows is None and len(set(names)) < len(names):
+        raise InputError(f"tasks: got {list(names)}, which names a task twice")
+    return names
+
+
+def _read(source: Any, backbone: Backbone, any_weights: bool) -> tuple[Task, Any]:
+    """A task of its own from a folder, the Hub or a model, and its image processor."""
+    if isinstance(source, TunedModel):
+        same = source.backbone is backbone.model
+        if not same and not any_weights and not _same(source.backbone, backbone):
+            raise BackboneMismatchError(
+                f"it was wrapped around another {type(source.backbone).__name__}, of other shape or weights than this one; "
+                "combine adapters of one backbone (any_weights=True takes it nevertheless)"
+            )
+        return copy.deepcopy(source.task), source.processor
+    if not isinstance(source, (str, Path)):
+        raise ConfigError(
+            f"got {type(source).__name__}, expected an adapter folder, an adapter's id on the Hub, or a TunedModel"
+        )
+    folder = read_folder(find_folder(source))
+    check_backbone(folder, backbone, any_weights=any_weights)
+    task = Task(folder.configs, folder.labels, backbone, folder.masked)
+    task.load_tensors(folder.tensors)
+    return task, folder.processor
+
+
+def _same(model: PreTrainedModel, backbone: Backbone) -> bool:
+    other = Backbone(model)
+    return other.describe() == backbone.describe() and same_weights(fingerprint(other), fingerprint(backbone))

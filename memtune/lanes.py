@@ -1,0 +1,249 @@
+"""How several tasks run over one pass of the trunk: which of them share a stream, and what they share of the trunk.
+
+A *lane* is a stream for one or more tasks:
+
+- tasks of masked mode share one task stream, their tokens side by side;
+- tasks of unmasked mode that first change the same block share an adapted stream that starts there, their images one
+  after the other;
+- a task that only has a head reads the trunk's own feature;
+- a task of a method that cannot be stacked has a lane of its own, and so has one that extends others.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import Pass, TrunkBlock
+from .backbones import Backbone
+from .registry import find_method
+from .stacking import Selection, Stack, per_task
+from .streams import AdaptedStream, TaskStream
+from .task import Task
+
+
+eager = torch.compiler.disable(recursive=False)
+"""Keeps the names of tasks out of what `torch.compile` compiles: it would compile again for each choice of them."""
+
+
+@dataclass
+class Seen:
+    """What one pass of the trunk knows of a batch of images.
+
+    Attributes:
+        pixel_values: The images, (batch, channels, height, width).
+        current: The pass that the trunk has filled.
+        interpolate: Whether positions are interpolated.
+    """
+
+    pixel_values: Tensor
+    current: Pass
+    interpolate: bool
+
+    def images(self, index: Tensor) -> Seen:
+        """The same for some of the images, (number,)."""
+        current = self.current
+        return Seen(
+            self.pixel_values.index_select(0, index),
+            Pass(
+                trunk=[_rows(block, index) for block in current.trunk],
+                query=None if current.query is None else current.query.index_select(0, index),
+                kept={block: states.index_select(0, index) for block, states in current.kept.items()},
+            ),
+            self.interpolate,
+        )
+
+
+def _rows(block: TrunkBlock, index: Tensor) -> TrunkBlock:
+    bias = block.bias
+    if bias is not None and bias.shape[0] > 1:
+        bias = bias.index_select(0, index)
+    return TrunkBlock(block.key.index_select(0, index), block.value.index_select(0, index), bias)
+
+
+class Lane(ABC):
+    """A stream for some of the tasks.
+
+    Args:
+        tasks: The tasks, by name.
+    """
+
+    def __init__(self, tasks: Mapping[str, Task]) -> None:
+        self.names = list(tasks)
+        self.selection = Selection()
+        parts = list(tasks.values())
+        self._classes = [len(task.labels) for task in parts]
+        heads = Stack(parts, self.selection)
+        self._weights = heads.rows(lambda task: task.head.weight.T)  # (tasks, width, classes)
+        self._biases = heads.rows(lambda task: task.head.bias)
+
+    @abstractmethod
+    def features(self, seen: Seen) -> Tensor:
+        """What the heads read: (batch, tasks, width), or (batch, 1, width) where each image has its own task."""
+
+    def run(self, seen: Seen, index: Tensor | None, *, by_row: bool) -> Tensor:
+        """Logits, (batch, tasks, most classes); those beyond a task's own classes mean nothing.
+
+        Args:
+            seen: The images.
+            index: Numbers of the tasks, one for each token or for each image; None for all of them.
+            by_row: Whether each image has its own.
+        """
+        self.selection.choose(index, by_row=by_row)
+        features = self.features(seen).to(self._weights.dtype)
+        return per_task(features, self.selection.spread(self._weights)) + self.selection.spread(self._biases)
+
+    @eager
+    def all(self, seen: Seen, names: Sequence[str]) -> dict[str, Tensor]:
+        """The logits (batch, classes) of some of the lane's tasks for all images."""
+        numbers = [self.names.index(name) for name in names]
+        whole = numbers == list(range(len(self.names)))
+        logits = self.run(seen, None if whole else self._index(numbers), by_row=False)
+        return {name: logits[:, place, : self._classes[numbers[place]]] for place, name in enumerate(names)}
+
+    @eager
+    def each(self, seen: Seen, names: Sequence[str]) -> list[Tensor]:
+        """The logits (1, classes) of one task for each image."""
+        numbers = [self.names.index(name) for name in names]
+        logits = self.run(seen, self._index(numbers), by_row=True)
+        return [logits[row, :, : self._classes[number]] for row, number in enumerate(numbers)]
+
+    @eager
+    def _index(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, device=self._weights.device)
+
+
+class HeadLane(Lane):
+    """Tasks that change nothing: their heads read the trunk's own feature."""
+
+    def features(self, seen: Seen) -> Tensor:
+        """The trunk's feature, for each task."""
+        assert seen.current.query is not None
+        tasks = 1 if self.selection.by_row or self.selection.index is None else len(self.selection.index)
+        tasks = len(self.names) if self.selection.index is None else tasks
+        return seen.current.query.unsqueeze(1).expand(-1, tasks, -1)
+
+
+class MaskedLane(Lane):
+    """Tasks of masked mode in one task stream.
+
+    Args:
+        backbone: The backbone.
+        tasks: The tasks, by name; more than one only of stackable methods.
+    """
+
+    def __init__(self, backbone: Backbone, tasks: Mapping[str, Task]) -> None:
+        super().__init__(tasks)
+        self.stream = TaskStream(backbone)
+        self.stream.selection = self.selection
+        parts = list(tasks.values())
+        attach(parts, self.stream)
+        self._tokens = Stack(parts, self.selection).rows(lambda task: task.token()[0, 0])  # (tasks, width)
+
+    def features(self, seen: Seen) -> Tensor:
+        """The features of the task tokens."""
+        return self.stream.features(seen.current, self.selection.spread(self._tokens))
+
+
+class AdaptedLane(Lane):
+    """Tasks of unmasked mode that first change the same block, in one adapted stream.
+
+    Args:
+        backbone: The backbone.
+        tasks: The tasks, by name; more than one only of stackable methods.
+        first_block: The block at which the stream starts.
+    """
+
+    def __init__(self, backbone: Backbone, tasks: Mapping[str, Task], first_block: int) -> None:
+        super().__init__(tasks)
+        self.first_block = first_block
+        self.stream = AdaptedStream(backbone, first_block=first_block)
+        self.stream.selection = self.selection
+        parts = list(tasks.values())
+        attach(parts, self.stream)
+        self._tokens: Tensor | None = None
+        if any(task.class_token is not None for task in parts):
+            own = backbone.class_token
+            assert own is not None
+            tokens = [task.token() if task.class_token is not None else own.view(1, 1, -1) for task in parts]
+            self._tokens = torch.cat([token.detach().float() for token in tokens])  # (tasks, 1, width)
+            self.stream.view.set_class_token(self._class_tokens)
+
+    def _class_tokens(self) -> Tensor:
+        assert self._tokens is not None
+        return self.selection.spread(self._tokens).flatten(0, 1)
+
+    def features(self, seen: Seen) -> Tensor:
+        """Features of the images for each of the tasks: the rows of one batch, task after task."""
+        if self.selection.by_row:
+            return self._run(seen, copies=1).unsqueeze(1)
+        index, batch = self.selection.index, seen.pixel_values.shape[0]
+        if index is None:
+            index = torch.arange(len(self.names), device=self._weights.device)
+        self.selection.choose(index.repeat_interleave(batch), by_row=True)
+        features = self._run(seen, copies=len(index))
+        self.selection.choose(index, by_row=False)
+        return features.unflatten(0, (len(index), batch)).transpose(0, 1)
+
+    def _run(self, seen: Seen, copies: int) -> Tensor:
+        current = Pass()
+        if self.stream.needs_query:
+            assert seen.current.query is not None
+            current.query = seen.current.query.repeat(copies, 1)
+        if self.first_block:
+            current.states = seen.current.kept[self.first_block].repeat(copies, 1, 1)
+            images = seen.pixel_values[:1]  # which the tower asks for; what follows from them is not used
+        else:
+            images = seen.pixel_values.repeat(copies, 1, 1, 1)
+        return self.stream.features(images, interpolate_pos_encoding=seen.interpolate, current=current)
+
+
+def attach(tasks: Sequence[Task], stream: AdaptedStream | TaskStream) -> None:
+    """Make a stream use the adapters of one task, or of several."""
+    if len(tasks) == 1 and not is_stackable(tasks[0]):
+        for adapter in tasks[0].adapters:
+            adapter.attach(stream)  # type: ignore[operator]
+        return
+    for kind in dict.fromkeys(type(adapter) for task in tasks for adapter in task.adapters):
+        own = [[adapter for adapter in task.adapters if type(adapter) is kind] for task in tasks]
+        for number in range(max(len(adapters) for adapters in own)):  # a task may have several of one method
+            kind.attach_stack([_get(adapters, number) for adapters in own], stream)  # type: ignore[operator]
+
+
+def _get(adapters: Sequence[Any], number: int) -> Any:
+    return adapters[number] if number < len(adapters) else None
+
+
+def is_stackable(task: Task) -> bool:
+    """Whether a task can share a stream with others."""
+    return all(find_method(method).stackable for method in task.methods)
+
+
+def first_changed_block(task: Task, backbone: Backbone) -> int:
+    """The first block whose states an unmasked task changes; the backbone's depth if it changes none."""
+    family = backbone.family
+    changed = [block for adapter in task.adapters for block in adapter.changed_blocks(backbone)]  # type: ignore[operator]
+    if task.class_token is not None or family.windowed or not family.attention_function:
+        return 0
+    return min(changed, default=backbone.depth)
+
+
+def make_lanes(backbone: Backbone, tasks: Mapping[str, Task]) -> list[Lane]:
+    """The lanes for tasks, in the order of computation."""
+    groups: dict[Any, dict[str, Task]] = {}
+    for name, task in tasks.items():
+        first = None if task.masked else first_changed_block(task, backbone)
+        own = None if is_stackable(task) else name
+        groups.setdefault((first, own), {})[name] = task
+    return [_make_lane(backbone, group, first) for (first, _), group in groups.items()]
+
+
+def _make_lane(backbone: Backbone, tasks: Mapping[str, Task], first_block: int | None) -> Lane:
+    if first_block is None:
+        return MaskedLane(backbone, tasks)
+    return HeadLane(tasks) if first_block == backbone.depth else AdaptedLane(backbone, tasks, first_block)
