@@ -14,7 +14,7 @@ Nothing is kept in a layer: what one pass records travels as the keyword argumen
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -79,6 +79,7 @@ class Pass:
         query: The feature of the images by the unadapted backbone, (batch, width), or None if no source asks for it.
         kept: States (batch, tokens, width) that entered blocks of the trunk, by index, where they were to be kept.
         states: The states that an adapted stream starts from at a later block, (rows, tokens, width).
+        record: Where a task stream is to leave, for each block, the keys and values of its tokens and of their own.
     """
 
     visited: list[int] = field(default_factory=list)
@@ -87,6 +88,7 @@ class Pass:
     query: Tensor | None = None
     kept: dict[int, Tensor] = field(default_factory=dict)
     states: Tensor | None = None
+    record: list[list[KeysValues]] | None = None
 
 
 class Site:
@@ -191,8 +193,11 @@ def stream_attention(
     """
     site: Site = module.memtune_site
     trunk = memtune_pass.trunk[site.block.index]
-    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     further = site.further(memtune_pass)
+    if memtune_pass.record is not None:
+        own_token = KeysValues(key.transpose(1, 2).unsqueeze(3), value.transpose(1, 2).unsqueeze(3))
+        memtune_pass.record.append([own_token, *further])
+    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     parts = [_trunk_scores(site, trunk, query)]
     if memtune_pass.own_key:
         # A task token stands where the class token stands, so to itself it has the class token's bias to itself.
@@ -220,6 +225,27 @@ def _trunk_scores(site: Site, trunk: TrunkBlock, query: Tensor) -> Tensor:
         more = reader.scores(query, trunk.key)
         scores = scores if more is None else scores + more.to(scores.dtype)
     return scores if trunk.bias is None else scores + trunk.bias
+
+
+def extended(trunk: TrunkBlock, further: Sequence[KeysValues]) -> TrunkBlock:
+    """A block of the trunk, as it looks to a task that also sees the keys and values of all tasks in `further`."""
+    for each in further:
+        batch = trunk.key.shape[0]
+        key, value = (
+            part.transpose(1, 2).flatten(2, 3).expand(batch, -1, -1, -1).to(trunk.key.dtype) for part in each[:2]
+        )  # (batch, heads, tasks x number, head width)
+        bias = trunk.bias
+        if bias is None and each.present is not None:
+            bias = trunk.key.new_zeros(1, 1, 1, trunk.key.shape[2])
+        if bias is not None:
+            more = bias.new_zeros(1, key.shape[2])
+            if each.present is not None:
+                more = more.masked_fill(~each.present.flatten(1), torch.finfo(more.dtype).min)
+            rows = max(len(bias), len(more))
+            more = more[:, None, None].expand(rows, *bias.shape[1:3], -1)
+            bias = torch.cat([bias.expand(rows, -1, -1, -1), more], dim=-1)
+        trunk = TrunkBlock(torch.cat([trunk.key, key], dim=2), torch.cat([trunk.value, value], dim=2), bias)
+    return trunk
 
 
 def _further_scores(further: KeysValues, query: Tensor) -> Tensor:

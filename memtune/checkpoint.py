@@ -10,6 +10,7 @@ It is data: JSON and safetensors, no pickle and no code.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedModel
@@ -25,7 +25,7 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from .adapter import AdapterConfig
 from .atomic import current, replace_files
 from .backbones import Backbone
-from .card import write_card
+from .card import CardDetails, write_card
 from .errors import BackboneMismatchError, CheckpointError, ConfigError
 from .fingerprint import fingerprint, same_weights
 from .registry import read_config
@@ -50,6 +50,7 @@ class AdapterFolder:
         configs: The settings of each method.
         masked: Whether the adapter was trained in the task stream.
         labels: Names of the classes, in the order of the logits.
+        extends: Digests of the earlier tasks that the adapter reads, by the names they had.
         backbone: The backbone's description, `name_or_path`, `model_class` and `fingerprint` among it.
         tensors: The trained tensors under their role keys.
         processor: The image processor, or None.
@@ -59,13 +60,19 @@ class AdapterFolder:
     configs: list[AdapterConfig]
     masked: bool
     labels: list[str]
+    extends: dict[str, str]
     backbone: dict[str, Any]
     tensors: dict[str, Tensor]
     processor: Any
 
 
 def write_folder(
-    folder: str | Path, task: Task, model: PreTrainedModel, processor: Any, name: str | None = None
+    folder: str | Path,
+    task: Task,
+    model: PreTrainedModel,
+    processor: Any,
+    name: str | None = None,
+    details: CardDetails | None = None,
 ) -> None:
     """Save a task as an adapter folder; files of the same names are replaced all at once.
 
@@ -74,7 +81,8 @@ def write_folder(
         task: What was trained.
         model: The backbone it was trained on.
         processor: The image processor, or None.
-        name: The backbone's name to record in place of the one that it was loaded by.
+        name: The backbone's name to record in place of the one that it was loaded by; "" for none.
+        details: What the card says beyond the adapter.
 
     Raises:
         CheckpointError: The path is a file.
@@ -88,9 +96,10 @@ def write_folder(
         "methods": [config.to_dict() for config in task.configs],
         "masked": task.masked,
         "labels": task.labels,
+        "extends": {name: earlier.digest() for name, earlier in task.extends.items()},
         "processor": processor is not None,
         "backbone": {
-            "name_or_path": name or model.name_or_path,
+            "name_or_path": model.name_or_path if name is None else name,
             "model_class": type(model).__name__,
             **backbone.describe(),
             "fingerprint": fingerprint(backbone),
@@ -100,7 +109,7 @@ def write_folder(
     with replace_files(folder) as staging:
         (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         safetensors.torch.save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
-        (staging / CARD_NAME).write_text(write_card(config, tensors), encoding="utf-8")
+        (staging / CARD_NAME).write_text(write_card(config, tensors, details), encoding="utf-8")
         if processor is not None:
             processor.save_pretrained(staging)
     if processor is None:
@@ -128,7 +137,16 @@ def read_folder(folder: str | Path) -> AdapterFolder:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder / WEIGHTS_NAME} is damaged or cut short: {error}") from error
     processor = _read_processor(folder) if config["processor"] else None
-    return AdapterFolder(folder, configs, config["masked"], config["labels"], config["backbone"], tensors, processor)
+    return AdapterFolder(
+        folder,
+        configs,
+        config["masked"],
+        config["labels"],
+        config["extends"],
+        config["backbone"],
+        tensors,
+        processor,
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -144,7 +162,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format version {version}, this memtune reads up to {FORMAT_VERSION}; update memtune to read it"
         )
-    expected = {"methods": list, "masked": bool, "labels": list, "processor": bool, "backbone": dict}
+    expected = {"methods": list, "masked": bool, "labels": list, "extends": dict, "processor": bool, "backbone": dict}
     for name, kind in expected.items():
         if not isinstance(config.get(name), kind):
             raise CheckpointError(f"{path}: {name} is {config.get(name)!r}, expected a {kind.__name__}")
@@ -166,22 +184,27 @@ def _read_processor(folder: Path) -> Any:
         raise CheckpointError(f"{path} is missing or damaged: {error}") from error
 
 
-def load_recorded_backbone(folder: AdapterFolder) -> PreTrainedModel:
-    """Load the backbone that an adapter was trained on by its recorded name.
+def make_task(folder: AdapterFolder, backbone: Backbone, known: Mapping[str, Task] | None = None) -> Task:
+    """The task that an adapter folder holds.
+
+    Args:
+        folder: What the folder says.
+        backbone: The backbone, which has been checked.
+        known: Tasks that the adapter may extend.
 
     Raises:
-        CheckpointError: There is no such model class, or no such model.
+        CheckpointError: The tensors do not fit, or a task that the adapter extends is missing.
     """
-    name, kind = folder.backbone.get("name_or_path"), folder.backbone.get("model_class")
-    model_class = getattr(transformers, str(kind), None)
-    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)) or not name:
+    by_digest = {task.digest(): task for task in (known or {}).values()} if folder.extends else {}
+    if missing := [name for name, digest in folder.extends.items() if digest not in by_digest]:
         raise CheckpointError(
-            f"{folder.path} names the backbone {name!r} of class {kind!r}; give backbone=... yourself"
+            f"{folder.path} extends the tasks {missing}, as they were when it was trained: combine it with them, after "
+            "them, in one model"
         )
-    try:
-        return model_class.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the recorded backbone {name!r} cannot be loaded; give backbone=...: {error}") from error
+    earlier = {name: copy.deepcopy(by_digest[digest]) for name, digest in folder.extends.items()}
+    task = Task(folder.configs, folder.labels, backbone, folder.masked, earlier)
+    task.load_tensors(folder.tensors)
+    return task
 
 
 def check_backbone(folder: AdapterFolder, backbone: Backbone, *, any_weights: bool = False) -> None:

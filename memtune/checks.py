@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backbones import Backbone
-from .errors import InputError
+from .errors import ConfigError, InputError
 
 _WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -56,6 +57,26 @@ def check_label_range(labels: Tensor, classes: int) -> None:
     wrong = labels[((labels < 0) | (labels >= classes)) & (labels != -100)]
     if wrong.numel():
         raise InputError(f"labels: got {sorted(set(wrong.tolist()))}, expected class indices from 0 to {classes - 1}")
+
+
+def check_label_names(labels: Sequence[str] | None, num_labels: int | None) -> list[str]:
+    """The names of a task's classes, from the names or their number.
+
+    Raises:
+        ConfigError: They are not names, not distinct, of another number, or neither is given.
+    """
+    if labels is None:
+        if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
+            raise ConfigError(f"num_labels: got {num_labels!r}; give labels=[...], or their number, 1 or more")
+        return [f"LABEL_{index}" for index in range(num_labels)]
+    names = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else []
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"labels: got {labels!r}, expected a sequence of class names")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"labels: {sorted({name for name in names if names.count(name) > 1})} stand there twice")
+    if num_labels not in (None, len(names)):
+        raise ConfigError(f"num_labels: got {num_labels}, but labels has {len(names)} names; give one of the two")
+    return names
 
 
 def _describe(value: Any) -> str:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from .backbones import Backbone
-from .checkpoint import check_backbone, read_folder
+from .checkpoint import check_backbone, make_task, read_folder
 from .checks import check_images
 from .errors import BackboneMismatchError, ConfigError, InputError, MemtuneError
 from .fingerprint import fingerprint, same_weights
@@ -115,20 +115,25 @@ class MultiTaskModel(nn.Module):
         """The labels of each task, by its name."""
         return {name: list(task.labels) for name, task in self._arrangement.tasks.items()}
 
+    def masked_tasks(self) -> dict[str, Task]:
+        """Copies of the tasks of masked mode, by name."""
+        return {name: copy.deepcopy(task) for name, task in self._arrangement.tasks.items() if task.masked}
+
     def _arrange(self, backbone: Backbone, tasks: Mapping[str, Task]) -> None:
         self._arrangement = _Arrangement.of(backbone, tasks)
 
     def add_tasks(self, tasks: Mapping[str, TaskSource], *, any_weights: bool = False) -> None:
-        """Add tasks (see `combine`); if one of them cannot be added, none is."""
+        """Add tasks (see `combine`), those that extend others after them; if one cannot be added, none is."""
         before, backbone = self._arrangement.tasks, Backbone(self.backbone)
-        added, processors = {}, {}
+        added: dict[str, Task] = {}
+        processors: dict[str, Any] = {}
         for name, source in tasks.items():
             if not isinstance(name, str) or not name:
                 raise ConfigError(f"tasks: got the name {name!r}, expected a string")
             if name in before:
                 raise ConfigError(f"tasks: there is a task {name!r} already; remove it first, or choose another name")
             try:
-                task, processors[name] = _read(source, backbone, any_weights)
+                task, processors[name] = _read(source, backbone, before | added, any_weights)
             except MemtuneError as error:
                 raise type(error)(f"task {name!r}: {error}") from error
             added[name] = task.requires_grad_(False).eval().to(self.backbone.device)
@@ -255,13 +260,13 @@ def _check_names(
     return names
 
 
-def _read(source: Any, backbone: Backbone, any_weights: bool) -> tuple[Task, Any]:
-    """A task of its own from a folder, the Hub or a model, and its image processor."""
+def _read(source: Any, backbone: Backbone, known: Mapping[str, Task], any_weights: bool) -> tuple[Task, Any]:
+    """A task of its own from a folder, the Hub or a model, and its image processor; it may extend those known."""
     if isinstance(source, TunedModel):
         same = source.backbone is backbone.model
         if not same and not any_weights and not _same(source.backbone, backbone):
             raise BackboneMismatchError(
-                f"it was wrapped around another {type(source.backbone).__name__}, of other shape or weights than this one; "
+                f"it was wrapped around another {type(source.backbone).__name__}, of other shape or weights; "
                 "combine adapters of one backbone (any_weights=True takes it nevertheless)"
             )
         return copy.deepcopy(source.task), source.processor
@@ -271,9 +276,7 @@ def _read(source: Any, backbone: Backbone, any_weights: bool) -> tuple[Task, Any
         )
     folder = read_folder(find_folder(source))
     check_backbone(folder, backbone, any_weights=any_weights)
-    task = Task(folder.configs, folder.labels, backbone, folder.masked)
-    task.load_tensors(folder.tensors)
-    return task, folder.processor
+    return make_task(folder, backbone, known), folder.processor
 
 
 def _same(model: PreTrainedModel, backbone: Backbone) -> bool:

@@ -23,3 +23,7 @@ class CheckpointError(MemtuneError, ValueError):
 
 class BackboneMismatchError(MemtuneError, ValueError):
     """An adapter was trained on another backbone than the one given."""
+
+
+class HubError(MemtuneError, OSError):
+    """The Hugging Face Hub could not be reached, refused, or does not have what was asked for."""

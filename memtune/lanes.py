@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import Pass, TrunkBlock
+from .attention import KeysValues, Pass, TrunkBlock, extended
 from .backbones import Backbone
 from .registry import find_method
 from .stacking import Selection, Stack, per_task
@@ -144,10 +144,44 @@ class MaskedLane(Lane):
         parts = list(tasks.values())
         attach(parts, self.stream)
         self._tokens = Stack(parts, self.selection).rows(lambda task: task.token()[0, 0])  # (tasks, width)
+        self._earlier = Earlier(backbone, parts[0].extends) if parts[0].extends else None
 
     def features(self, seen: Seen) -> Tensor:
         """The features of the task tokens."""
-        return self.stream.features(seen.current, self.selection.spread(self._tokens))
+        return self.stream.features(self._current(seen), self.selection.spread(self._tokens))
+
+    def record(self, seen: Seen) -> list[list[KeysValues]]:
+        """For each block the keys and values of all tasks' tokens, and of what is theirs."""
+        record: list[list[KeysValues]] = []
+        self.selection.choose(None, by_row=False)
+        current = replace(self._current(seen), record=record)
+        self.stream.features(current, self.selection.spread(self._tokens))
+        return record
+
+    def _current(self, seen: Seen) -> Pass:
+        return seen.current if self._earlier is None else self._earlier.extend(seen)
+
+
+class Earlier:
+    """Earlier tasks that a task extends: it reads what their tokens and memory are made of, as it reads the trunk.
+
+    "Extension" in table 1 of https://arxiv.org/abs/2203.15243; the earlier tasks do not know of the later one.
+
+    Args:
+        backbone: The backbone.
+        tasks: The earlier tasks, by name.
+    """
+
+    def __init__(self, backbone: Backbone, tasks: Mapping[str, Task]) -> None:
+        self._lanes = [lane for lane in make_lanes(backbone, tasks) if isinstance(lane, MaskedLane)]
+
+    @torch.no_grad()
+    def extend(self, seen: Seen) -> Pass:
+        """The pass of the trunk as a task sees it that extends these."""
+        trunk = seen.current.trunk
+        for lane in self._lanes:
+            trunk = [extended(block, further) for block, further in zip(trunk, lane.record(seen), strict=True)]
+        return replace(seen.current, trunk=trunk)
 
 
 class AdaptedLane(Lane):
@@ -238,7 +272,7 @@ def make_lanes(backbone: Backbone, tasks: Mapping[str, Task]) -> list[Lane]:
     groups: dict[Any, dict[str, Task]] = {}
     for name, task in tasks.items():
         first = None if task.masked else first_changed_block(task, backbone)
-        own = None if is_stackable(task) else name
+        own = None if is_stackable(task) and not task.extends else name
         groups.setdefault((first, own), {})[name] = task
     return [_make_lane(backbone, group, first) for (first, _), group in groups.items()]
 

@@ -7,12 +7,15 @@ A package adds a method either by `register_method` when it is imported, or by a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from .adapter import Adapter, AdapterConfig
 from .backbones import Backbone
 from .errors import ConfigError
+
+GROUP = "memtune.methods"
+"""The group of entry points in which packages name their methods."""
 
 AdapterClass = TypeVar("AdapterClass", bound=type[Adapter])
 
@@ -31,29 +34,50 @@ def register_method(adapter_class: AdapterClass) -> AdapterClass:
     name = config_class.method
     known = _METHODS.setdefault(name, adapter_class)
     if known is not adapter_class:
-        raise ConfigError(
-            f"the method {name!r} is {known.__module__}.{known.__qualname__} already; choose another name"
-        )
+        raise ConfigError(f"{_path(adapter_class)}: the method {name!r} is {_path(known)} already; choose another name")
     return adapter_class
+
+
+def _path(adapter_class: type) -> str:
+    return f"{adapter_class.__module__}.{adapter_class.__qualname__}"
 
 
 def method_names() -> list[str]:
     """The names of all methods, those of installed entry points included."""
-    return sorted({*_METHODS, *(entry.name for entry in entry_points(group="memtune.methods"))})
+    return sorted({*_METHODS, *(entry.name for entry in entry_points(group=GROUP))})
 
 
 def find_method(name: str) -> type[Adapter]:
-    """The adapter class of a method.
+    """The adapter class of a method. One that is known already goes before those of entry points.
 
     Raises:
-        ConfigError: No method has that name.
+        ConfigError: No method has that name, or several installed packages do, or one's cannot be imported.
     """
     if name not in _METHODS:
-        for entry in entry_points(group="memtune.methods", name=name):
-            register_method(entry.load())
+        _load_installed(name)
     if name not in _METHODS:
         raise ConfigError(f"got the method {name!r}, expected one of {method_names()}")
     return _METHODS[name]
+
+
+def _load_installed(name: str) -> None:
+    """Register the method that an entry point gives, if there is one."""
+    entries = {entry.value: entry for entry in entry_points(group=GROUP, name=name)}
+    if len(entries) > 1:
+        found = " and ".join(sorted(map(_origin, entries.values())))
+        raise ConfigError(f"the method {name!r} is in several installed packages: {found}; uninstall all but one")
+    for entry in entries.values():
+        try:
+            adapter_class = register_method(entry.load())
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"the method {name!r} of {_origin(entry)} cannot be imported: {error}") from error
+        if (own := adapter_class.config_class.method) != name:
+            raise ConfigError(f"the entry point {name!r} of {_origin(entry)} gives the method {own!r}; name both alike")
+
+
+def _origin(entry: EntryPoint) -> str:
+    """The package of an entry point and what it points to."""
+    return entry.value if entry.dist is None else f"{entry.dist.name} {entry.dist.version} ({entry.value})"
 
 
 def read_config(values: Mapping[str, Any]) -> AdapterConfig:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ class Task(nn.Module):
         labels: Names of the classes, in the order of the logits.
         backbone: The backbone to adapt.
         masked: Whether the task runs in a task stream.
+        extends: Earlier tasks, by name, whose tokens and memory the task reads in its stream.
 
     Raises:
         ConfigError: The methods do not go together, or a setting does not fit the backbone.
@@ -34,10 +37,16 @@ class Task(nn.Module):
     """
 
     def __init__(
-        self, configs: Sequence[AdapterConfig], labels: Sequence[str], backbone: Backbone, masked: bool
+        self,
+        configs: Sequence[AdapterConfig],
+        labels: Sequence[str],
+        backbone: Backbone,
+        masked: bool,
+        extends: Mapping[str, Task] | None = None,
     ) -> None:
         super().__init__()
         _check_backbone(configs, backbone, masked)
+        self.extends = dict(extends or {})  # no submodules: they are other tasks' to train, save and count
         self.labels = list(labels)
         self.masked = masked
         self.adapters = nn.ModuleList(create_adapter(config.for_mode(masked), backbone) for config in configs)
@@ -89,6 +98,18 @@ class Task(nn.Module):
         if self.class_token is None:
             raise RuntimeError("this task uses the backbone's class token")
         return self.class_token.view(1, 1, -1)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Task:
+        for task in self.extends.values():
+            task._apply(*arguments, **options)
+        return super()._apply(*arguments, **options)
+
+    def digest(self) -> str:
+        """A digest of the trained values, as hexadecimal digits: equal for equal ones."""
+        digest = hashlib.sha256()
+        for key, tensor in sorted(self.tensors().items()):
+            digest.update(f"{key} {tuple(tensor.shape)} ".encode() + tensor.cpu().float().numpy().tobytes())
+        return digest.hexdigest()
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits (batch, classes) of features (batch, width)."""

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,20 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from .adapter import AdapterConfig
 from .backbones import Backbone
-from .checkpoint import check_backbone, load_recorded_backbone, read_folder, write_folder
-from .checks import check_images, check_labels
+from .checks import check_images, check_label_names, check_labels
 from .errors import ConfigError, MemtuneError
 from .freezing import Hold
+from .lanes import Earlier, Seen
 from .merge import merge
 from .registry import as_config
+from .sharing import Sharing
 from .streams import AdaptedStream, TaskStream, Trunk
 from .task import Task
 
-_VIEWS = ("_trunk", "_stream", "_described")
+if TYPE_CHECKING:
+    from .combine import MultiTaskModel
+
+_VIEWS = ("_trunk", "_stream", "_earlier", "_described")
 """What `TunedModel` builds anew when it is copied or changes its mode, and lacks when it is detached."""
 
 
@@ -36,6 +40,7 @@ def wrap(
     labels: Sequence[str] | None = None,
     num_labels: int | None = None,
     masked: bool = False,
+    extends: MultiTaskModel | None = None,
     processor: Any = None,
 ) -> TunedModel:
     """Put an adapter for a new task on a frozen vision model.
@@ -48,6 +53,8 @@ def wrap(
         labels: Names of the task's classes, in the order of the logits.
         num_labels: Their number, where they have no names (they are then called LABEL_0 ...).
         masked: Train in the task stream: the backbone's own answer stays as it is, and tasks can share its pass.
+        extends: A model whose masked tasks the new one reads (masked mode only); they do not know of it, and stay as
+            they are. To answer, the new task needs them.
         processor: The image processor of the task, saved with the adapter.
 
     Raises:
@@ -55,48 +62,24 @@ def wrap(
         ConfigError: A setting is wrong, or does not fit the backbone. Nothing has been changed.
     """
     several = config if isinstance(config, Sequence) and not isinstance(config, str) else [config]
-    task = Task([as_config(each) for each in several], _label_names(labels, num_labels), Backbone(backbone), masked)
+    earlier = {} if extends is None else _earlier_tasks(extends, backbone, masked)
+    names = check_label_names(labels, num_labels)
+    task = Task([as_config(each) for each in several], names, Backbone(backbone), masked, earlier)
     return TunedModel(backbone, task, processor=processor)
 
 
-def _label_names(labels: Sequence[str] | None, num_labels: int | None) -> list[str]:
-    if labels is None:
-        if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
-            raise ConfigError(f"num_labels: got {num_labels!r}; give labels=[...], or their number, 1 or more")
-        return [f"LABEL_{index}" for index in range(num_labels)]
-    names = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else []
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(f"labels: got {labels!r}, expected a sequence of class names")
-    if len(set(names)) < len(names):
-        raise ConfigError(f"labels: {sorted({name for name in names if names.count(name) > 1})} stand there twice")
-    if num_labels not in (None, len(names)):
-        raise ConfigError(f"num_labels: got {num_labels}, but labels has {len(names)} names; give one of the two")
-    return names
+def _earlier_tasks(model: MultiTaskModel, backbone: PreTrainedModel, masked: bool) -> dict[str, Task]:
+    if not masked:
+        raise ConfigError("extends: only a task of masked mode can read others; pass masked=True")
+    if model.backbone is not backbone:
+        raise ConfigError("extends: got a model around another backbone object; wrap its own, `extends.backbone`")
+    tasks = model.masked_tasks()
+    if not tasks:
+        raise ConfigError(f"extends: got a model whose tasks {list(model.tasks)} are all unmasked: they have no tokens")
+    return tasks
 
 
-def load(folder: str | Path, *, backbone: PreTrainedModel | None = None, any_weights: bool = False) -> TunedModel:
-    """Load an adapter onto its backbone.
-
-    Args:
-        folder: The adapter folder.
-        backbone: The frozen backbone, loaded already; None to load it by the name that the adapter recorded.
-        any_weights: Accept a backbone of the right shape with other weights than the adapter was trained on.
-
-    Raises:
-        CheckpointError: The folder is missing, incomplete, damaged or of an unknown format.
-        BackboneMismatchError: The backbone is not the one that the adapter was trained on.
-    """
-    adapter = read_folder(folder)
-    model = load_recorded_backbone(adapter) if backbone is None else backbone
-    described = Backbone(model)
-    check_backbone(adapter, described, any_weights=any_weights)
-    task = Task(adapter.configs, adapter.labels, described, adapter.masked)
-    task.load_tensors(adapter.tensors)
-    tuned = TunedModel(model, task, processor=adapter.processor)
-    return tuned.eval()
-
-
-class TunedModel(nn.Module):
+class TunedModel(nn.Module, Sharing):
     """A frozen backbone with what is trained for one task. Made by `wrap`, `load` or `from_pretrained`.
 
     `state_dict()` and the trainable parameters are the task's alone. `train()` leaves the backbone in evaluation mode.
@@ -144,6 +127,7 @@ class TunedModel(nn.Module):
             else AdaptedStream(backbone, checkpointing=self._checkpointing if self.training else None)
         )
         self.task.attach(self._stream)
+        self._earlier = Earlier(backbone, self.task.extends) if self.task.extends else None
         self._described = backbone
 
     def forward(
@@ -190,6 +174,8 @@ class TunedModel(nn.Module):
             return stream.features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         assert trunk is not None
         current, _ = trunk.run(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        if self._earlier is not None:
+            current = self._earlier.extend(Seen(pixel_values, current, interpolate_pos_encoding))
         return stream.features(current, self.task.token()).squeeze(1)
 
     def train(self, mode: bool = True) -> TunedModel:
@@ -232,26 +218,6 @@ class TunedModel(nn.Module):
             yield
         finally:
             self._enabled = before
-
-    def save_pretrained(
-        self, save_directory: str | Path, *, base_model_name: str | None = None, is_main_process: bool = True
-    ) -> None:
-        """Save the adapter as a folder. A process killed meanwhile leaves the old adapter or the new one.
-
-        Args:
-            save_directory: The folder; made if it is not there, other files in it are left alone.
-            base_model_name: The backbone's name to record, where it was loaded from a path of this machine.
-            is_main_process: Only the main one of several processes writes.
-        """
-        if is_main_process:
-            write_folder(save_directory, self.task, self.backbone, self.processor, base_model_name)
-
-    @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, backbone: PreTrainedModel | None = None, *, any_weights: bool = False
-    ) -> TunedModel:
-        """Load what `save_pretrained` saved (see `memtune.load`)."""
-        return load(folder, backbone=backbone, any_weights=any_weights)
 
     def merge(self) -> PreTrainedModel:
         """A plain Hugging Face model with this task in its weights (see `memtune.merge.merge`); this one stays."""
@@ -334,3 +300,6 @@ def _forgive_backbone(module: Any, incompatible: Any) -> None:
     frozen = f"{module._loaded_prefix}backbone."
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(frozen)]
     module._build()  # tensors that were assigned, not copied, are new ones
+
+
+load = TunedModel.from_pretrained
