@@ -16,11 +16,13 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from .backbones import Backbone
 from .checkpoint import check_backbone, make_task, read_folder
 from .checks import check_images
-from .errors import BackboneMismatchError, ConfigError, InputError, MemtuneError
+from .collection import read_index, write_collection
+from .errors import BackboneMismatchError, CheckpointError, ConfigError, InputError, MemtuneError
 from .fingerprint import fingerprint, same_weights
 from .freezing import Hold
-from .hub import find_folder
+from .hub import find_folder, load_recorded_backbone
 from .lanes import AdaptedLane, Lane, Seen, eager, make_lanes
+from .plan import Plan, make_plan
 from .streams import Trunk
 from .task import Task
 from .tuned import TunedModel
@@ -207,9 +209,48 @@ class MultiTaskModel(nn.Module):
                 answers |= lane.all(seen, own)
         return MultiTaskOutput({name: ImageClassifierOutput(logits=answers[name]) for name in names}, base)
 
+    def plan(self) -> Plan:
+        """What the tasks share, and what they cost in multiply-adds; print it to see a table."""
+        return make_plan(self._arrangement.trunk, self._arrangement.lanes)
+
     def train(self, mode: bool = True) -> MultiTaskModel:
         """Stay in evaluation mode: this model is for inference; `wrap` trains."""
         return super().train(False)
+
+    def save_pretrained(self, save_directory: str | Path, *, base_model_name: str | None = None) -> None:
+        """Save as a folder with an adapter folder for each task, which can also be used alone.
+
+        Args:
+            save_directory: The folder; made if it is not there.
+            base_model_name: The backbone's name to record, where it was loaded from a path of this machine.
+        """
+        write_collection(
+            save_directory, self._arrangement.tasks, self.backbone, self._processors, base_model_name or None
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, backbone: PreTrainedModel | None = None, *, any_weights: bool = False
+    ) -> MultiTaskModel:
+        """Load what `save_pretrained` saved.
+
+        Args:
+            source: The folder.
+            backbone: The frozen backbone, loaded already; None to load it by the name that the adapters recorded.
+            any_weights: Accept a backbone of the right shape with other weights than an adapter was trained on.
+
+        Raises:
+            CheckpointError: The folder is missing, incomplete, damaged or of an unknown format.
+            BackboneMismatchError: The backbone is not the one that an adapter was trained on.
+        """
+        folders = {name: Path(source) / folder for name, folder in read_index(source).items()}
+        if backbone is None:
+            if not folders:
+                raise CheckpointError(f"{source} has no tasks that would name their backbone; pass backbone=...")
+            backbone = load_recorded_backbone(read_folder(next(iter(folders.values()))))
+        model = cls(backbone)
+        model.add_tasks(folders, any_weights=any_weights)
+        return model
 
     def _apply(self, *arguments: Any, **options: Any) -> MultiTaskModel:
         super()._apply(*arguments, **options)

@@ -80,7 +80,10 @@ class Case:
 
     def blocks(self, model: nn.Module) -> list[Any]:
         found = self.tower(model).get_submodule(self.facts.blocks)
-        return [block for stage in found for block in stage.blocks] if self.facts.windowed else list(found)
+        if self.facts.windowed:
+            found = [stage.blocks for stage in found]
+        nested = self.facts.windowed or isinstance(found[0], nn.ModuleList)
+        return [block for stage in found for block in stage] if nested else list(found)
 
     def widths(self, model: nn.Module) -> list[int]:
         return [getattr(block, self.facts.norm1).weight.numel() for block in self.blocks(model)]
@@ -140,6 +143,7 @@ _SWIN = Facts(
     windowed=True,
     any_size=True,
 )
+_PVT_FACTS = Facts(blocks="encoder.block", norm1="layer_norm_1")
 
 _SMALL: dict[str, Any] = {
     "hidden_size": WIDTH,
@@ -165,6 +169,10 @@ _TEXT: dict[str, Any] = {
 _TWO_TOWERS = {"vision_config": _SMALL, "text_config": _TEXT}
 _SWIN_SMALL = {"image_size": 48, "patch_size": 4, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2]}
 _SWIN_SMALL = _SWIN_SMALL | {"window_size": 4, "mlp_ratio": 2.0, "drop_path_rate": 0.0}
+_SWINV2 = {"image_size": SIZE, "patch_size": 4, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4}
+_PVT = {"image_size": SIZE, "num_encoder_blocks": 2, "depths": [1, 2], "hidden_sizes": [8, 16], "mlp_ratios": [2, 2]}
+_PVT = _PVT | {"num_attention_heads": [1, 2], "sequence_reduction_ratios": [2, 1], "patch_sizes": [4, 2]}
+_PVT = _PVT | {"strides": [4, 2]}
 _BEIT_BIAS = {"use_relative_position_bias": True, "use_absolute_position_embeddings": False}
 _DINO3_SMALL = _SMALL | {"num_register_tokens": 4, "layerscale_value": 0.5}
 
@@ -214,6 +222,14 @@ CASES = [
     Case("swin", "SwinModel", _SWIN_SMALL, _SWIN, image_size=48, depth=3),
     Case("swin-head", "SwinForImageClassification", _SWIN_SMALL, _SWIN, "swin", image_size=48, depth=3),
 ]
+
+PLAIN = [
+    Case("swinv2", "Swinv2Model", _SWINV2, _SWIN, depth=3),
+    Case("swinv2-head", "Swinv2ForImageClassification", _SWINV2, _SWIN, "swinv2", depth=3),
+    Case("pvt", "PvtModel", _PVT, _PVT_FACTS, depth=3),
+    Case("pvt-head", "PvtForImageClassification", _PVT, _PVT_FACTS, "pvt", depth=3),
+]
+"""Backbones that do not use transformers' AttentionInterface."""
 
 BY_NAME = {case.name: case for case in CASES}
 GLOBAL = [case for case in CASES if not case.facts.windowed]

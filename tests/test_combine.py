@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import memtune
 from memtune import LoraConfig, MemoryConfig, MultiTaskModel
-from memtune.errors import BackboneMismatchError, ConfigError, InputError, MemtuneError
+from memtune.errors import BackboneMismatchError, CheckpointError, ConfigError, InputError, MemtuneError
 from memtune.lanes import AdaptedLane, HeadLane, MaskedLane
 
 VIT = BY_NAME["vit-head"]
@@ -323,3 +324,74 @@ def test_bad_questions(everything: Any) -> None:
     with pytest.raises(ConfigError, match="unknown tasks"):
         model.remove_task("pets")
     assert len(model(images)) == len(tasks)
+
+
+# Saved and loaded.
+
+
+def test_a_saved_model_answers_the_same(tmp_path: Path) -> None:
+    backbone = VIT.build()
+    kinds = [("memory", True), ("all", False), ("lora at the end", False), ("head", False)]
+    tasks = {f"a/{name}": tuned for name, tuned in tune_all(backbone, kinds).items()}
+    model = memtune.combine(backbone, tasks)
+    model.add_task("later", memtune.wrap(backbone, MemoryConfig(2), num_labels=2, masked=True, extends=model))
+    model.save_pretrained(tmp_path / "all")
+    loaded = MultiTaskModel.from_pretrained(tmp_path / "all", VIT.build())
+    images = VIT.images(2)
+    expected = model(images)
+    assert list(loaded.tasks) == list(model.tasks)
+    for name, answer in loaded(images).items():
+        assert torch.equal(answer.logits, expected[name].logits)
+    index = json.loads((tmp_path / "all" / "multi_task_config.json").read_text())
+    first = next(iter(tasks))
+    alone = memtune.load(tmp_path / "all" / index["tasks"][first], backbone=VIT.build())
+    assert torch.equal(alone(images).logits, tasks[first](images).logits)
+
+
+def test_saving_again_replaces_the_adapters_alone(tmp_path: Path) -> None:
+    backbone = VIT.build()
+    model = memtune.combine(backbone, tune_all(backbone, [("memory", True), ("lora", True), ("lora", False)]))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    removed, *_ = model.tasks
+    model.remove_task(removed)
+    model.save_pretrained(tmp_path)
+    assert list(MultiTaskModel.from_pretrained(tmp_path, backbone).tasks) == list(model.tasks)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["1-masked-lora", "2-lora"]
+
+
+def test_names_that_make_the_same_folder(tmp_path: Path) -> None:
+    backbone = VIT.build()
+    tuned = tune(backbone, MemoryConfig(2), masked=True)
+    names = ["a/b", "a b", "A-B", "..", "ünï", "a.b"]
+    memtune.combine(backbone, dict.fromkeys(names, tuned)).save_pretrained(tmp_path)
+    assert list(MultiTaskModel.from_pretrained(tmp_path, backbone).tasks) == names
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+        "a-b",
+        "a-b-2",
+        "A-B-3",
+        "task",
+        "ünï",
+        "a.b",
+    }
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (None, "has no multi_task_config.json"),
+        ("{", "is damaged"),
+        ('{"format_version": 1}', "is damaged"),
+        ('{"format_version": 2, "tasks": {}}', "format version 2, this memtune reads 1"),
+        ('{"format_version": 1, "tasks": {"a": "../a"}}', "expected the name of a folder for each task"),
+        ('{"format_version": 1, "tasks": {"a": ".."}}', "expected the name of a folder for each task"),
+        ('{"format_version": 1, "tasks": []}', "expected the name of a folder for each task"),
+        ('{"format_version": 1, "tasks": {"a": "a"}}', "task 'a': .*no folder"),
+    ],
+)
+def test_damaged_folders(tmp_path: Path, index: str | None, message: str) -> None:
+    if index is not None:
+        (tmp_path / "multi_task_config.json").write_text(index)
+    with pytest.raises(CheckpointError, match=message):
+        MultiTaskModel.from_pretrained(tmp_path, VIT.build())

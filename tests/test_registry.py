@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -90,6 +91,51 @@ def test_a_method_of_an_entry_point_is_found_without_an_import(monkeypatch: pyte
     assert "shift" in registry.method_names()
     assert registry.find_method("shift") is ShiftAdapter
     assert registry.read_config({"method": "shift", "scale": 2.0, "blocks": [0]}) == ShiftConfig(scale=2.0, blocks=(0,))
+
+
+def _distribution(folder: Path, name: str, value: str) -> None:
+    """What pip leaves of a distribution whose entry point `shift` is `value`."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[memtune.methods]\nshift = {value}\n")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"alpha": "alpha_shift:Shift", "beta": "beta_shift:Shift"},
+            r"'shift' is in several.* packages: alpha 1\.0 \(alpha_shift:Shift\) and beta 1\.0 \(beta_shift:Shift\);",
+        ),
+        ({"alpha": "no_such_module:Shift"}, r"'shift' of alpha 1\.0 .*cannot be imported: No module named"),
+        ({"alpha": "memtune.registry:NoSuch"}, r"'shift' of alpha 1\.0 .*cannot be imported: .*has no attribute"),
+        (
+            {"alpha": "memtune.methods:MemoryAdapter"},
+            r"the entry point 'shift' of alpha 1\.0 .*gives the method 'memory'; name both alike",
+        ),
+        ({"alpha": "torch.nn:Linear"}, "has no config_class"),
+    ],
+    ids=["two packages", "no module", "no class", "another name", "no adapter"],
+)
+def test_entry_points_that_cannot_be_used_are_named(
+    values: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in values.items():
+        _distribution(tmp_path, name, value)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = dict(registry._METHODS)
+    with pytest.raises(ConfigError, match=message):
+        registry.find_method("shift")
+    assert dict(registry._METHODS) == before
+
+
+def test_one_class_in_two_packages_is_no_clash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_shift_adapter", ShiftAdapter, raising=False)
+    for name in ("alpha", "beta"):
+        _distribution(tmp_path, name, "memtune.registry:_shift_adapter")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert registry.find_method("shift") is ShiftAdapter
 
 
 def test_a_name_taken_is_refused() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import pickle
 from typing import Any
@@ -18,7 +17,6 @@ from backbone_zoo import (
     assert_same,
     each,
     each_mode,
-    family_modes,
     outputs_equal,
     snapshot,
 )
@@ -305,60 +303,12 @@ def test_the_adapter_is_enabled_again_after_an_exception() -> None:
 # copies, types, kernels
 
 
-@family_modes
-def test_a_copy_is_independent(case: Case, masked: bool) -> None:
-    images = case.images()
-    backbone = case.build()
-    before = snapshot(backbone)
-    model = wrapped(case, masked=masked, backbone=backbone).eval()
-    copied = copy.deepcopy(model)
-    with torch.no_grad():
-        expected = model(images).logits
-        assert torch.equal(copied(images).logits, expected)
-    originals = {id(parameter) for parameter in model.parameters()}
-    assert not any(id(parameter) in originals for parameter in copied.parameters())
-    step(copied, images)
-    with torch.no_grad():
-        assert torch.equal(model(images).logits, expected)
-        assert not torch.equal(copied(images).logits, expected)
-    assert_same(copied.detach(), before, ignore=("identity", "modules"))
-    assert not any(parameter.requires_grad for parameter in backbone.parameters())
-    assert_same(model.detach(), before)
-
-
 @both_modes
 def test_a_model_can_be_pickled(masked: bool) -> None:
     images = BY_NAME["vit"].images()
     model = wrapped(masked=masked).eval()
     copied = pickle.loads(pickle.dumps(model))
     assert torch.equal(copied(images).logits, model(images).logits)
-
-
-@family_modes
-def test_a_backbone_in_half_precision(case: Case, masked: bool) -> None:
-    images = case.images()
-    expected = wrapped(case, masked=masked).eval()
-    half = wrapped(case, masked=masked, backbone=case.build().to(torch.bfloat16))
-    half.task.load_state_dict(expected.task.state_dict())
-    assert half.dtype == torch.bfloat16
-    assert all(parameter.dtype == torch.float32 for parameter in half.task.parameters())
-    with torch.no_grad():
-        logits = half(images.to(torch.bfloat16)).logits
-        torch.testing.assert_close(logits.float(), expected(images).logits, atol=0.3, rtol=0.1)
-    step(half, images.to(torch.bfloat16))
-    assert all(torch.isfinite(parameter).all() for parameter in half.task.parameters())
-
-
-@family_modes
-def test_autocast(case: Case, masked: bool) -> None:
-    images = case.images()
-    model = wrapped(case, masked=masked).train()
-    expected = model(images).logits
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model(images, labels=torch.tensor([0, 1]))
-    torch.testing.assert_close(output.logits.float(), expected, atol=0.3, rtol=0.1)
-    output.loss.backward()
-    assert all(parameter.grad is not None for parameter in model.task.parameters())
 
 
 @both_modes

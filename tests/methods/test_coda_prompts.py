@@ -301,42 +301,13 @@ def test_the_task_is_saved_with_the_adapter(masked: bool, tmp_path: Any) -> None
     assert_same(model.detach(), before)
 
 
-@family_modes
-def test_every_value_in_use_gets_a_gradient(case: Case, masked: bool) -> None:
-    config = CodaPromptConfig(**(SMALL | {"num_tasks": 1}))
-    model = memtune.wrap(case.build(), config, num_labels=3, masked=masked).train()
-    model(case.images(), labels=LABELS).loss.backward()
-    for name, parameter in model.task.named_parameters():
-        assert parameter.grad.abs().max() > 0, name
-        if "prefix" in name:
-            assert parameter.grad.flatten(1).abs().amax(1).min() > 0, name  # every row
-
-
-@family_modes
-def test_checkpointing_gives_the_same_gradients(case: Case, masked: bool) -> None:
-    _, model = tune(case, masked=masked)
-    model.train()
-
-    def gradients() -> list[Tensor]:
-        model.zero_grad(set_to_none=True)
-        model(case.images(), labels=LABELS).loss.backward()
-        return [parameter.grad for parameter in model.task.parameters()]
-
-    expected = gradients()
-    model.activation_checkpointing_enable()
-    torch.testing.assert_close(gradients(), expected, atol=1e-6, rtol=1e-5)
-
-
 @pytest.mark.parametrize("masked", [False, True])
-@each([VIT, BY_NAME["swin"], BY_NAME["clip"]])
-def test_compiles_without_graph_breaks(case: Case, masked: bool) -> None:
-    if masked and case.facts.windowed:
-        return
-    _, model = tune(case, masked=masked, ortho_mu=0.1)
-    model.train()
-    torch.compiler.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(case.images(), labels=LABELS).loss, model(case.images(), labels=LABELS).loss)
+def test_every_row_in_use_gets_a_gradient(masked: bool) -> None:
+    config = CodaPromptConfig(**(SMALL | {"num_tasks": 1}))
+    model = memtune.wrap(VIT.build(), config, num_labels=3, masked=masked).train()
+    model(VIT.images(), labels=LABELS).loss.backward()
+    for name, parameter in adapter_of(model).named_parameters():
+        assert parameter.grad.flatten(1).abs().amax(1).min() > 0, name
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -350,20 +321,6 @@ def test_copies_are_independent(masked: bool) -> None:
         assert not torch.equal(again(VIT.images()).logits, before)
         assert torch.equal(model(VIT.images()).logits, before)
     assert adapter_of(model).config.task == 0
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@each([VIT, BY_NAME["clip"]])
-def test_bfloat16(case: Case, masked: bool) -> None:
-    _, full = tune(case, masked=masked)
-    _, half = tune(case, masked=masked, backbone=case.build().bfloat16())
-    with torch.no_grad():
-        got, expected = half(case.images().bfloat16()).logits, full(case.images()).logits
-        with torch.autocast("cpu", torch.bfloat16):
-            cast = full(case.images()).logits.float()
-    assert adapter_of(half).get_parameter("blocks.0.prefix").dtype == torch.float32
-    for logits in (got, cast):
-        assert nn.functional.cosine_similarity(logits.flatten(), expected.flatten(), dim=0) > 0.98
 
 
 @pytest.mark.parametrize("masked", [False, True])

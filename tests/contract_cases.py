@@ -1,0 +1,167 @@
+"""The table of the contract: for each method the little that a test cannot find out by itself.
+
+A new method needs one row in `ROWS`, and `test_contract.py` then tests it on every family that it runs on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from backbone_zoo import BY_NAME, FAMILIES, PLAIN, Case
+from torch import Tensor, nn
+
+import memtune
+from memtune import AdapterConfig, ApproximatedPromptConfig, CodaPromptConfig, LoraConfig, MemoryConfig
+from memtune.registry import find_method
+
+LABELS = torch.tensor([0, 2])
+LINEAR_ROLES = ("query", "key", "value", "out", "fc1", "fc2")
+DORA_ROLES = ("query", "out", "fc1", "fc2")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the contract asks of a method.
+
+    Attributes:
+        config: Settings that suit backbones of width 16 and two blocks.
+        keys: What stands behind `blocks.3.` in the keys of its tensors.
+        count: The formula at the head of the method's file for one block: of the block, its width, and the width of the
+            features that a head reads.
+        unchanged: Whether a new adapter leaves the features as they are.
+        steps: Training steps after which every trained value has had a gradient.
+        cases: Names of the models to run on, in place of one of each family.
+        note: What tells the row from others of its method.
+    """
+
+    config: AdapterConfig
+    keys: tuple[str, ...]
+    count: Callable[[nn.Module, int, int], int]
+    unchanged: bool
+    steps: int = 2
+    cases: tuple[str, ...] | None = None
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return "-".join(filter(None, (self.config.method, self.note)))
+
+    def places(self) -> list[tuple[Case, bool]]:
+        """The models and modes (masked or not) that the method runs on."""
+        if self.cases is not None:
+            cases = [BY_NAME[name] for name in self.cases]
+        elif find_method(self.config.method).needs_attention_function:
+            cases = ONE_PER_FAMILY
+        else:
+            cases = ONE_PER_FAMILY + PLAIN_FAMILIES
+        return [(case, masked) for case in cases for masked in (False, True) if not masked or can_be_masked(case)]
+
+    def changed(self, case: Case, backbone: Any) -> list[tuple[int, nn.Module, int]]:
+        """Index, module and width of each block that the method changes."""
+        blocks = list(enumerate(zip(case.blocks(backbone), case.widths(backbone), strict=True)))
+        chosen = range(len(blocks)) if self.config.blocks is None else self.config.blocks
+        return [(index, block, width) for index, (block, width) in blocks if index in chosen]
+
+
+ONE_PER_FAMILY = [case for case in FAMILIES if "-" not in case.name]
+PLAIN_FAMILIES = [case for case in PLAIN if not case.tower_path]
+FEW = ("vit", "swin", "clip")
+
+
+def can_be_masked(case: Case) -> bool:
+    return not case.facts.windowed and case not in PLAIN
+
+
+def linears(block: nn.Module) -> list[nn.Linear]:
+    """The linear layers of a block that have a role: all but those that make a position bias."""
+    named = [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    return [module for name, module in named if "position_bias" not in name]
+
+
+ROWS = [
+    Row(
+        MemoryConfig(tokens=3),
+        keys=("memory",),
+        count=lambda block, width, feature_width: 3 * width,
+        unchanged=False,
+        cases=tuple(case.name for case in FAMILIES),  # one of the methods meets every variant of a tower
+    ),
+    Row(
+        LoraConfig(r=3, roles=LINEAR_ROLES),
+        keys=tuple(f"{role}.lora_{part}" for role in LINEAR_ROLES for part in "AB"),
+        count=lambda block, *_: sum(3 * (layer.in_features + layer.out_features) for layer in linears(block)),
+        unchanged=True,
+    ),
+    Row(
+        LoraConfig(r=3, roles=DORA_ROLES, use_dora=True),
+        keys=tuple(f"{role}.lora_{part}" for role in DORA_ROLES for part in ("A", "B", "magnitude")),
+        count=lambda block, width, feature_width: (
+            sum(3 * (layer.in_features + layer.out_features) + layer.out_features for layer in linears(block))
+            - 2 * (3 * 2 * width + width)  # key and value
+        ),
+        unchanged=True,
+        cases=FEW,
+        note="dora",
+    ),
+    Row(
+        ApproximatedPromptConfig(n=50, r=2),  # so many that in no block ReLU sets the scores of all of them to 0
+        keys=("prompts", "prompt_A", "prompt_B", "prompt_scale"),
+        count=lambda block, width, feature_width: 50 * width + 2 * 2 * width + 1,
+        unchanged=False,
+    ),
+    Row(
+        ApproximatedPromptConfig(n=50, r=2, gate=True),
+        keys=("prompts", "prompt_A", "prompt_B", "prompt_scale", "prompt_gate"),
+        count=lambda block, width, feature_width: 50 * width + 2 * 2 * width + 2,
+        unchanged=True,
+        steps=3,
+        cases=FEW,
+        note="gate",
+    ),
+    Row(
+        CodaPromptConfig(pool_size=6, prompt_length=4, blocks=(0, 1), ortho_mu=0.1),
+        keys=("prefix", "prefix_key", "prefix_attention"),
+        count=lambda block, width, feature_width: 6 * 4 * width + 2 * 6 * feature_width,
+        unchanged=False,
+    ),
+]
+
+PLACES = [(row, case, masked) for row in ROWS for case, masked in row.places()]
+
+
+def every(places: list[tuple[Row, Case, bool]] = PLACES) -> pytest.MarkDecorator:
+    """Run a test for every method on every family in every mode."""
+    names = [f"{row.name}-{case.name}-{'masked' if masked else 'unmasked'}" for row, case, masked in places]
+    return pytest.mark.parametrize(("row", "case", "masked"), places, ids=names)
+
+
+def wrapped(row: Row, case: Case, masked: bool, backbone: Any = None) -> memtune.TunedModel:
+    """A new adapter on a model of the zoo, in training."""
+    torch.manual_seed(3)
+    return memtune.wrap(backbone or case.build(), row.config, num_labels=3, masked=masked).train()
+
+
+def moved(model: memtune.TunedModel) -> memtune.TunedModel:
+    """The model with every trained value somewhere else."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.task.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model
+
+
+def logits(model: memtune.TunedModel, images: Tensor) -> Tensor:
+    """The model's answer in evaluation."""
+    with torch.no_grad():
+        return model.eval()(images).logits
+
+
+def gradients(model: memtune.TunedModel, images: Tensor) -> dict[str, Any]:
+    """The gradient of every trained tensor for one batch in training, None where there is none."""
+    model.train().zero_grad(set_to_none=True)
+    model(images, labels=LABELS).loss.backward()
+    return {name: parameter.grad for name, parameter in model.task.named_parameters()}
