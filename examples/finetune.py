@@ -19,7 +19,6 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import datasets
 import torch
@@ -28,6 +27,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 import memtune
+import memtune.training
 from memtune.registry import method_names, read_config
 
 
@@ -37,9 +37,10 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     add("--model_name_or_path", required=True, help="the frozen backbone: a folder, or a model on the Hub")
     add("--base_model_name", help="the backbone's name to record where --model_name_or_path is a folder")
-    add("--method", default="memory", choices=["head", *method_names()], help="what is trained; head: nothing else")
+    kinds = ["head", *method_names()]
+    add("--method", nargs="+", default=["memory"], choices=kinds, help="one or more; head: nothing beside the head")
     add("--tokens", type=int, default=4, help="memory tokens in each block, for --method memory")
-    add("--method_config", type=json.loads, default={}, help="more settings of the method as JSON, as '{\"r\": 8}'")
+    add("--method_config", type=json.loads, default={}, help='settings as JSON, as \'{"lora": {"r": 16}}\'')
     add("--masked", action="store_true", help="train in the task stream; the backbone's own answer stays as it is")
     add("--attn_implementation", help="the backbone's attention kernel: sdpa, eager, flash_attention_2 ...")
     add("--image_size", type=int, help="height and width in pixels, in place of the processor's")
@@ -56,13 +57,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--on_error", default="raise", choices=["raise", "skip"], help="what to do with an unreadable image")
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", required=True, help="where the adapter goes")
-    for name in ("num_train_epochs", "learning_rate", "weight_decay", "momentum", "warmup_ratio", "max_grad_norm"):
+    for name in memtune.training.RECIPES["masked"]:
+        add(f"--{name}", type=float, help="by default that of the mode (memtune.training.RECIPES)")
+    for name in ("num_train_epochs", "momentum", "warmup_ratio", "max_grad_norm"):
         add(f"--{name}", type=float, default=getattr(defaults, name), help="%(default)s")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         add(f"--{name}", type=int, default=getattr(defaults, name), help="%(default)s")
     for name in ("max_steps", "dataloader_num_workers", "seed"):
         add(f"--{name}", type=int, default=getattr(defaults, name), help="%(default)s")
-    add("--label_smoothing_factor", type=float, default=0.0, help="%(default)s")
     add("--lr_scheduler_type", default=defaults.lr_scheduler_type, help="%(default)s")
     add("--optim", default=defaults.optim, choices=["adamw", "sgd"], help="%(default)s")
     add("--mixed_precision", default="no", choices=["no", "bf16", "fp16"], help="%(default)s")
@@ -113,17 +115,20 @@ def _sample(split: Dataset, limit: int | None, seed: int) -> Dataset:
     return split if limit is None else split.shuffle(seed=seed).select(range(min(limit, len(split))))
 
 
+def read_method(args: argparse.Namespace, name: str) -> memtune.AdapterConfig:
+    if name == "head":
+        return memtune.MemoryConfig(tokens=0, class_token=False)
+    tokens = {"tokens": args.tokens} if name == "memory" else {}
+    return read_config({"method": name} | tokens | args.method_config.get(name, {}))
+
+
 def build_model(args: argparse.Namespace, labels: list[str]) -> memtune.TunedModel:
     backbone = AutoModelForImageClassification.from_pretrained(
         args.model_name_or_path, attn_implementation=args.attn_implementation
     )
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
-    if args.method == "head":
-        config: Any = memtune.MemoryConfig(tokens=0, class_token=False)
-    else:
-        tokens = {"tokens": args.tokens} if args.method == "memory" else {}
-        config = read_config({"method": args.method} | tokens | args.method_config)
-    return memtune.wrap(backbone, config, labels=labels, masked=args.masked, processor=processor)
+    configs = [read_method(args, name) for name in args.method]
+    return memtune.wrap(backbone, configs, labels=labels, masked=args.masked, processor=processor)
 
 
 def main() -> None:

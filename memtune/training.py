@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from .data import Collator, as_items
 from .errors import ConfigError
@@ -24,6 +27,16 @@ from .metrics import Accuracy
 from .tuned import TunedModel
 
 logger = logging.getLogger(__name__)
+
+LossFunction: TypeAlias = Callable[[ImageClassifierOutput, Tensor], Tensor]
+"""The mean loss of a batch from the model's output, whose logits are float32, and the labels (batch,)."""
+
+RECIPES: dict[str, dict[str, float]] = {
+    "unmasked": {"learning_rate": 5e-3, "weight_decay": 0.01, "label_smoothing_factor": 0.0},
+    "masked": {"learning_rate": 4e-3, "weight_decay": 1.0, "label_smoothing_factor": 0.1},
+}
+"""Defaults by mode. A task stream overfits where an adapted one does not: it asks for strong weight decay and smoothing
+(docs/results.md has the comparison)."""
 
 _CHOICES = {
     "optim": ("adamw", "sgd"),
@@ -47,13 +60,13 @@ class TrainingConfig:
         per_device_eval_batch_size: The same in evaluation.
         gradient_accumulation_steps: Batches whose gradients make one step.
         optim: "adamw" or "sgd".
-        learning_rate: The highest learning rate.
-        weight_decay: On all trained values but biases.
+        learning_rate: The highest learning rate; None for that of the model's mode (see `RECIPES`).
+        weight_decay: On all trained values but biases; None for that of the mode.
         momentum: Of SGD.
         warmup_ratio: Share of the steps in which the learning rate rises to its highest.
         lr_scheduler_type: How it falls afterwards.
         max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
-        label_smoothing_factor: Share of the target that is spread over all classes.
+        label_smoothing_factor: Share of the target that is spread over all classes; None for that of the mode.
         mixed_precision: "no", "bf16" or "fp16".
         image_size: Height and width in pixels to train at, in place of the processor's; positions are interpolated.
         on_error: "raise" at an image that cannot be read, or "skip" it.
@@ -71,13 +84,13 @@ class TrainingConfig:
     per_device_eval_batch_size: int = 64
     gradient_accumulation_steps: int = 1
     optim: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = 5e-3
-    weight_decay: float = 0.01
+    learning_rate: float | None = None
+    weight_decay: float | None = None
     momentum: float = 0.9
     warmup_ratio: float = 0.1
     lr_scheduler_type: str = "cosine"
     max_grad_norm: float = 1.0
-    label_smoothing_factor: float = 0.0
+    label_smoothing_factor: float | None = None
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     image_size: int | None = None
     on_error: Literal["raise", "skip"] = "raise"
@@ -91,13 +104,20 @@ class TrainingConfig:
             if problem:
                 raise ConfigError(f"{each.name}: got {getattr(self, each.name)!r}, expected {problem}")
 
+    def for_mode(self, masked: bool) -> TrainingConfig:
+        """The same settings, with those that were left to the mode filled in."""
+        recipe = RECIPES["masked" if masked else "unmasked"]
+        return replace(self, **{name: value for name, value in recipe.items() if getattr(self, name) is None})
+
 
 def _problem(name: str, value: Any) -> str | None:
     """What was expected of a setting, if its value is wrong."""
+    if value is None and name in RECIPES["masked"]:
+        return None
     if name in _CHOICES:
         return None if value in _CHOICES[name] else f"one of {_CHOICES[name]}"
     given = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    number = float(value) if given else math.nan  # which no comparison below holds for
+    number = float(value) if given and value is not None else math.nan  # which no comparison below holds for
     if name in _WHOLE or (name == "image_size" and value is not None):
         return None if number >= 1 and number.is_integer() else "a whole number, 1 or more"
     if name in _SHARES:
@@ -125,7 +145,12 @@ class TrainingResult:
 
 
 def fit(
-    model: TunedModel, train_dataset: Any, eval_dataset: Any = None, config: TrainingConfig | None = None
+    model: TunedModel,
+    train_dataset: Any,
+    eval_dataset: Any = None,
+    config: TrainingConfig | None = None,
+    *,
+    compute_loss_func: LossFunction | None = None,
 ) -> TrainingResult:
     """Train a model's adapter.
 
@@ -135,14 +160,17 @@ def fit(
             processor, or any indexable data set of `{"pixel_values": (channels, height, width), "labels": int}`.
         eval_dataset: The same; evaluated after each epoch.
         config: The settings.
+        compute_loss_func: The loss in training, `f(outputs, labels)`, in place of cross-entropy with label smoothing;
+            what the methods add to it is still added.
 
     Raises:
         InputError: A data set, an image or a label is wrong.
     """
-    config = config or TrainingConfig()
+    config = (config or TrainingConfig()).for_mode(model.task.masked)
     set_seed(config.seed)
     eval_loader = None if eval_dataset is None else _loader(model, eval_dataset, config, training=False)
-    run = _Run(model, _loader(model, train_dataset, config, training=True), eval_loader, config)
+    loss = compute_loss_func or partial(_cross_entropy, label_smoothing=config.label_smoothing_factor or 0.0)
+    run = _Run(model, _loader(model, train_dataset, config, training=True), eval_loader, config, loss)
     start = time.perf_counter()
     try:
         while run.result.steps < run.steps:
@@ -159,9 +187,15 @@ class _Run:
     """One call of `fit`: what is prepared by Accelerate, and how far it has come."""
 
     def __init__(
-        self, model: TunedModel, loader: DataLoader, eval_loader: DataLoader | None, config: TrainingConfig
+        self,
+        model: TunedModel,
+        loader: DataLoader,
+        eval_loader: DataLoader | None,
+        config: TrainingConfig,
+        compute_loss: LossFunction,
     ) -> None:
         self.config = config
+        self.compute_loss = compute_loss
         self.accelerator = _accelerator(config)
         self.task = model.task
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, _optimizer(model, config), loader)
@@ -196,8 +230,7 @@ class _Run:
     def _train_batch(self, batch: dict[str, Tensor]) -> Tensor:
         """Forward and backward over one batch, and a step when enough of them have come; gives the mean loss."""
         with self.accelerator.accumulate(self.model):
-            logits = _forward(self.model, batch, self.config)
-            loss = cross_entropy(logits, batch["labels"], label_smoothing=self.config.label_smoothing_factor)
+            loss = self.compute_loss(_forward(self.model, batch, self.config), batch["labels"])
             if (penalty := self.task.penalty()) is not None:
                 loss = loss + penalty
             self.accelerator.backward(loss)
@@ -219,17 +252,25 @@ class _Run:
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
 
-def evaluate(model: TunedModel, dataset: Any, config: TrainingConfig | None = None) -> dict[str, float]:
+def evaluate(
+    model: TunedModel, dataset: Any, config: TrainingConfig | None = None, *, classes: Sequence[int] | None = None
+) -> dict[str, float]:
     """The `accuracy` and mean `loss` of a model on a data set (see `fit`), its mode left as it was.
 
     Each image counts exactly once, on any number of devices.
+
+    Args:
+        model: The model.
+        dataset: The images and labels.
+        config: The settings.
+        classes: Indices of the classes to choose among, as if the head had no others; None for all.
     """
     config = config or TrainingConfig(disable_tqdm=True)
     accelerator = _accelerator(config)
     prepared, loader = accelerator.prepare(model, _loader(model, dataset, config, training=False))
     training = model.training
     try:
-        return _evaluate(accelerator, prepared, loader, config)
+        return _evaluate(accelerator, prepared, loader, config, classes)
     finally:
         accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
         if training:
@@ -263,6 +304,8 @@ def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimize
         {"params": [parameter for name, parameter in trained if not name.endswith("bias")]},
         {"params": [parameter for name, parameter in trained if name.endswith("bias")], "weight_decay": 0.0},
     ]
+    assert config.learning_rate is not None
+    assert config.weight_decay is not None
     if config.optim == "sgd":
         return torch.optim.SGD(groups, config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
     return torch.optim.AdamW(groups, config.learning_rate, weight_decay=config.weight_decay)
@@ -273,18 +316,33 @@ def _total_steps(batches: int, config: TrainingConfig) -> int:
     return config.max_steps if config.max_steps > 0 else math.ceil(an_epoch * config.num_train_epochs)
 
 
-def _forward(model: nn.Module, batch: dict[str, Tensor], config: TrainingConfig) -> Tensor:
-    return model(
-        pixel_values=batch["pixel_values"], interpolate_pos_encoding=config.image_size is not None
-    ).logits.float()
+def _forward(model: nn.Module, batch: dict[str, Tensor], config: TrainingConfig) -> ImageClassifierOutput:
+    outputs = model(pixel_values=batch["pixel_values"], interpolate_pos_encoding=config.image_size is not None)
+    outputs.logits = outputs.logits.float()
+    return outputs
+
+
+def _cross_entropy(outputs: ImageClassifierOutput, labels: Tensor, label_smoothing: float) -> Tensor:
+    assert outputs.logits is not None
+    return cross_entropy(outputs.logits, labels, label_smoothing=label_smoothing)
 
 
 @torch.no_grad()
-def _evaluate(accelerator: Accelerator, model: nn.Module, loader: Any, config: TrainingConfig) -> dict[str, float]:
+def _evaluate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: Any,
+    config: TrainingConfig,
+    classes: Sequence[int] | None = None,
+) -> dict[str, float]:
     model.eval()
     accuracy, losses = Accuracy(), []
     for batch in loader:
-        logits, labels = accelerator.gather_for_metrics((_forward(model, batch, config), batch["labels"]))
+        logits = _forward(model, batch, config).logits
+        logits, labels = accelerator.gather_for_metrics((logits, batch["labels"]))
+        if classes is not None:
+            chosen = torch.tensor(classes, device=logits.device)
+            logits = torch.full_like(logits, -torch.inf).index_copy(1, chosen, logits[:, chosen])
         accuracy.add_batch(predictions=logits.argmax(dim=-1).cpu(), references=labels.cpu())
         losses.append(cross_entropy(logits, labels, reduction="none").cpu())
     scores = accuracy.compute()

@@ -93,7 +93,7 @@ def test_biases_do_not_decay():
     model = tuned()
     with torch.no_grad():
         model.task.head.bias.fill_(1.0)
-    optimizer = memtune.training._optimizer(model, TrainingConfig(weight_decay=0.1))
+    optimizer = memtune.training._optimizer(model, TrainingConfig(weight_decay=0.1).for_mode(masked=False))
     decays = {id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     assert decays.keys() == trained

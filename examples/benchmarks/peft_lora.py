@@ -1,0 +1,102 @@
+"""The accuracy of PEFT's own LoRA on a folder of images, trained as `examples/finetune.py` trains: what memtune is held to.
+
+    python examples/benchmarks/peft_lora.py --model_name_or_path google/vit-base-patch16-224-in21k \\
+        --train_dir pets/train --validation_dir pets/test
+
+The data, the order of the images, the optimizer, the schedule and the number of steps are those of `memtune.fit` with the
+same settings; model, adapter and head are transformers' and PEFT's.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import datasets
+import peft
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModelForImageClassification, get_scheduler, set_seed
+
+from memtune.data import Collator, ImageDataset
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model_name_or_path", required=True)
+    add("--train_dir", required=True, help="a folder with one folder of images for each class")
+    add("--validation_dir", required=True)
+    add("--attn_implementation")
+    add("--image_size", type=int)
+    add("--r", type=int, default=8)
+    add("--target_modules", nargs="+", default=["q_proj", "v_proj"])
+    add("--num_train_epochs", type=int, default=10)
+    add("--batch_size", type=int, default=32)
+    add("--learning_rate", type=float, default=5e-3)
+    add("--weight_decay", type=float, default=0.01)
+    add("--label_smoothing_factor", type=float, default=0.0)
+    add("--mixed_precision", default="no", choices=["no", "bf16"])
+    add("--seed", type=int, default=42)
+    return parser.parse_args()
+
+
+def load(args: argparse.Namespace, folder: str, processor: object, *, shuffle: bool) -> tuple[DataLoader, list[str]]:
+    data = datasets.load_dataset("imagefolder", data_dir=folder, split="train")
+    labels = data.features["label"].names
+    items = ImageDataset(data, processor, image_size=args.image_size)
+    order = torch.Generator().manual_seed(args.seed)
+    return DataLoader(items, args.batch_size, shuffle, generator=order, collate_fn=Collator(len(labels))), labels
+
+
+def build(args: argparse.Namespace, labels: list[str]) -> torch.nn.Module:
+    model = AutoModelForImageClassification.from_pretrained(
+        args.model_name_or_path,
+        attn_implementation=args.attn_implementation,
+        num_labels=len(labels),
+        ignore_mismatched_sizes=True,
+    )
+    config = peft.LoraConfig(r=args.r, target_modules=args.target_modules, modules_to_save=["classifier"])
+    return peft.get_peft_model(model, config)
+
+
+def main() -> None:
+    args = parse_arguments()
+    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+    train, labels = load(args, args.train_dir, processor, shuffle=True)
+    test, _ = load(args, args.validation_dir, processor, shuffle=False)
+    set_seed(args.seed)
+    model = build(args, labels)
+    steps = len(train) * args.num_train_epochs
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1]},
+        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, args.learning_rate, weight_decay=args.weight_decay)
+    schedule = get_scheduler("cosine", optimizer, -(-steps // 10), steps)
+
+    def logits(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.mixed_precision == "bf16"):
+            size = {"interpolate_pos_encoding": args.image_size is not None}
+            return model(pixel_values=batch["pixel_values"], **size).logits.float()
+
+    for epoch in range(args.num_train_epochs):
+        model.train()
+        for batch in tqdm(train, desc=f"epoch {epoch + 1}", leave=False):
+            loss = cross_entropy(logits(batch), batch["labels"], label_smoothing=args.label_smoothing_factor)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    model.eval()
+    with torch.no_grad():
+        right = sum((logits(batch).argmax(1) == batch["labels"]).sum().item() for batch in test)
+    count = sum(p.numel() for p in trained)
+    print(f"accuracy {100 * right / len(test.dataset):.2f} % with {count:,} trained values")
+
+
+if __name__ == "__main__":
+    main()
