@@ -2,13 +2,13 @@
 
 from .adapter import Adapter as Adapter
 from .adapter import AdapterConfig as AdapterConfig
-from .combine import MultiTaskModel as MultiTaskModel
 from .combine import combine as combine
 from .errors import MemtuneError as MemtuneError
 from .methods import ApproximatedPromptConfig as ApproximatedPromptConfig
 from .methods import CodaPromptConfig as CodaPromptConfig
 from .methods import LoraConfig as LoraConfig
 from .methods import MemoryConfig as MemoryConfig
+from .multitask import MultiTaskModel as MultiTaskModel
 from .registry import register_method as register_method
 from .training import TrainingConfig as TrainingConfig
 from .training import evaluate as evaluate

@@ -220,7 +220,8 @@ def stream_attention(
 
 def _trunk_scores(site: Site, trunk: TrunkBlock, query: Tensor) -> Tensor:
     """Scores of scaled queries on the trunk's keys, (rows, heads, tasks, tokens)."""
-    scores = query @ trunk.key.to(query.dtype).mT
+    # Made contiguous first: a copy of whole rows is far cheaper than the transposed one that the product would make.
+    scores = query @ trunk.key.to(query.dtype).contiguous().mT
     for reader in site.readers:
         more = reader.scores(query, trunk.key)
         scores = scores if more is None else scores + more.to(scores.dtype)

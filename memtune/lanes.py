@@ -26,7 +26,6 @@ from .stacking import Selection, Stack, per_task
 from .streams import AdaptedStream, TaskStream
 from .task import Task
 
-
 eager = torch.compiler.disable(recursive=False)
 """Keeps the names of tasks out of what `torch.compile` compiles: it would compile again for each choice of them."""
 

@@ -27,7 +27,7 @@ from .streams import AdaptedStream, TaskStream, Trunk
 from .task import Task
 
 if TYPE_CHECKING:
-    from .combine import MultiTaskModel
+    from .multitask import MultiTaskModel
 
 _VIEWS = ("_trunk", "_stream", "_earlier", "_described")
 """What `TunedModel` builds anew when it is copied or changes its mode, and lacks when it is detached."""

@@ -1,10 +1,10 @@
-"""The accuracy of PEFT's own LoRA on a folder of images, trained as `examples/finetune.py` trains: what memtune is held to.
+"""The accuracy of PEFT's own LoRA on a folder of images, trained as `examples/finetune.py` trains.
 
     python examples/benchmarks/peft_lora.py --model_name_or_path google/vit-base-patch16-224-in21k \\
         --train_dir pets/train --validation_dir pets/test
 
-The data, the order of the images, the optimizer, the schedule and the number of steps are those of `memtune.fit` with the
-same settings; model, adapter and head are transformers' and PEFT's.
+The data, the order of the images, the optimizer, the schedule and the number of steps are those of `memtune.fit` with
+the same settings; model, adapter and head are transformers' and PEFT's.
 """
 
 from __future__ import annotations

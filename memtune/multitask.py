@@ -1,0 +1,285 @@
+"""`MultiTaskModel`: one frozen backbone with many tasks, for inference."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from .backbones import Backbone
+from .checkpoint import read_folder
+from .checks import check_images
+from .collection import read_index, write_collection
+from .errors import CheckpointError, ConfigError, InputError, MemtuneError
+from .freezing import Hold
+from .hub import load_recorded_backbone
+from .lanes import AdaptedLane, Lane, Seen, eager, make_lanes
+from .plan import Plan, make_plan
+from .sources import TaskSource, read_source
+from .streams import Trunk
+from .task import Task
+
+
+_CHANGES = threading.Lock()
+"""Held while a model's tasks change, so that changes made in several threads all count."""
+
+
+class MultiTaskOutput(dict[str, ImageClassifierOutput]):
+    """Each task's answer for a batch of images, by its name.
+
+    Attributes:
+        base: The untouched backbone's own output.
+    """
+
+    def __init__(self, answers: Mapping[str, ImageClassifierOutput], base: Any) -> None:
+        super().__init__(answers)
+        self.base = base
+
+
+class MixedOutput(list[ImageClassifierOutput]):
+    """For each image of a batch the answer of its own task, with `logits` (1, classes of that task).
+
+    Attributes:
+        base: The untouched backbone's own output for all images.
+    """
+
+    def __init__(self, answers: Sequence[ImageClassifierOutput], base: Any) -> None:
+        super().__init__(answers)
+        self.base = base
+
+
+@dataclass(frozen=True)
+class _Arrangement:
+    """What a pass runs: replaced as a whole when tasks come or go, so that a pass under way keeps its own."""
+
+    trunk: Trunk
+    lanes: list[Lane]
+    tasks: dict[str, Task]
+
+    @classmethod
+    def of(cls, backbone: Backbone, tasks: Mapping[str, Task]) -> _Arrangement:
+        lanes = make_lanes(backbone, tasks)
+        starts = {lane.first_block for lane in lanes if isinstance(lane, AdaptedLane)} - {0}
+        return cls(Trunk(backbone, keep_states=starts), lanes, dict(tasks))
+
+
+class MultiTaskModel(nn.Module):
+    """A frozen backbone with several tasks, for inference: one pass over an image answers all of them.
+
+    Made by `combine`. Calls may come from several threads, also while tasks are added and removed.
+
+    Attributes:
+        backbone: The backbone; its own forward is never changed.
+    """
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, backbone: PreTrainedModel) -> None:
+        super().__init__()
+        described = Backbone(backbone)
+        self.backbone = backbone
+        self._hold = Hold(backbone)
+        backbone.eval()
+        self._processors: dict[str, Any] = {}
+        self._arrange(described, {})
+        self.eval()
+
+    @property
+    def tasks(self) -> dict[str, list[str]]:
+        """The labels of each task, by its name."""
+        return {name: list(task.labels) for name, task in self._arrangement.tasks.items()}
+
+    def masked_tasks(self) -> dict[str, Task]:
+        """Copies of the tasks of masked mode, by name."""
+        return {name: copy.deepcopy(task) for name, task in self._arrangement.tasks.items() if task.masked}
+
+    def _arrange(self, backbone: Backbone, tasks: Mapping[str, Task]) -> None:
+        self._arrangement = _Arrangement.of(backbone, tasks)
+
+    def add_tasks(self, tasks: Mapping[str, TaskSource], *, any_weights: bool = False) -> None:
+        """Add tasks (see `combine`), those that extend others after them; if one cannot be added, none is."""
+        with _CHANGES:
+            before, backbone = self._arrangement.tasks, Backbone(self.backbone)
+            added: dict[str, Task] = {}
+            processors: dict[str, Any] = {}
+            for name, source in tasks.items():
+                if not isinstance(name, str) or not name:
+                    raise ConfigError(f"tasks: got the name {name!r}, expected a string")
+                if name in before:
+                    raise ConfigError(
+                        f"tasks: there is a task {name!r} already; remove it first, or choose another name"
+                    )
+                try:
+                    task, processors[name] = read_source(source, backbone, before | added, any_weights=any_weights)
+                except MemtuneError as error:
+                    raise type(error)(f"task {name!r}: {error}") from error
+                added[name] = task.requires_grad_(False).eval().to(self.backbone.device)
+            self._arrange(backbone, before | added)
+            self._processors |= processors
+
+    def add_task(self, name: str, source: TaskSource, *, any_weights: bool = False) -> None:
+        """Add one task (see `combine`)."""
+        self.add_tasks({name: source}, any_weights=any_weights)
+
+    def remove_task(self, name: str) -> None:
+        """Take a task out; a pass that is under way in another thread still answers it.
+
+        Raises:
+            ConfigError: There is no such task.
+        """
+        with _CHANGES:
+            self._known([name])
+            tasks = {other: task for other, task in self._arrangement.tasks.items() if other != name}
+            self._arrange(Backbone(self.backbone), tasks)
+            self._processors.pop(name, None)
+
+    def _known(self, names: Sequence[str]) -> None:
+        tasks = self._arrangement.tasks
+        if unknown := [name for name in names if name not in tasks]:
+            raise ConfigError(f"got the unknown tasks {unknown}; this model has {list(tasks)}")
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        tasks: Sequence[str] | None = None,
+        rows: Sequence[str] | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> MultiTaskOutput | MixedOutput:
+        """Classify images by the labels of several tasks.
+
+        Args:
+            pixel_values: Images as the processor gives them, (batch, channels, height, width).
+            tasks: The tasks to answer for all images; None for all of them.
+            rows: The task of each image, where each has one of its own (a mixed batch).
+            interpolate_pos_encoding: Accept images of another size than the backbone's.
+
+        Returns:
+            The answers by task; or for `rows` a list of answers, one for each image, with `logits` (1, classes). Both
+            have the backbone's own output as `base`.
+
+        Raises:
+            InputError: The images have the wrong shape, type or size; both `tasks` and `rows` are given; or `rows` does
+                not name one task for each image.
+            ConfigError: A task is unknown.
+        """
+        return self._answer(pixel_values, tasks, rows, interpolate_pos_encoding)
+
+    @eager
+    @torch.no_grad()
+    def _answer(
+        self, pixel_values: Tensor, tasks: Sequence[str] | None, rows: Sequence[str] | None, interpolate: bool
+    ) -> MultiTaskOutput | MixedOutput:
+        arrangement = self._arrangement
+        trunk = arrangement.trunk
+        pixel_values = check_images(pixel_values, trunk.view, interpolate=interpolate)
+        names = _check_names(tasks, rows, pixel_values.shape[0], list(arrangement.tasks))
+        current, base = trunk.answer(pixel_values, interpolate_pos_encoding=interpolate)
+        seen = Seen(pixel_values, current, interpolate)
+        if rows is not None:
+            return MixedOutput(
+                [ImageClassifierOutput(logits=each) for each in _mixed(arrangement.lanes, seen, names)], base
+            )
+        answers: dict[str, Tensor] = {}
+        for lane in arrangement.lanes:
+            if own := [name for name in names if name in lane.names]:
+                answers |= lane.all(seen, own)
+        return MultiTaskOutput({name: ImageClassifierOutput(logits=answers[name]) for name in names}, base)
+
+    def plan(self) -> Plan:
+        """What the tasks share, and what they cost in multiply-adds; print it to see a table."""
+        return make_plan(self._arrangement.trunk, self._arrangement.lanes)
+
+    def train(self, mode: bool = True) -> MultiTaskModel:
+        """Stay in evaluation mode: this model is for inference; `wrap` trains."""
+        return super().train(False)
+
+    def save_pretrained(self, save_directory: str | Path, *, base_model_name: str | None = None) -> None:
+        """Save as a folder with an adapter folder for each task, which can also be used alone.
+
+        Args:
+            save_directory: The folder; made if it is not there.
+            base_model_name: The backbone's name to record, where it was loaded from a path of this machine.
+        """
+        write_collection(
+            save_directory, self._arrangement.tasks, self.backbone, self._processors, base_model_name or None
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, backbone: PreTrainedModel | None = None, *, any_weights: bool = False
+    ) -> MultiTaskModel:
+        """Load what `save_pretrained` saved.
+
+        Args:
+            source: The folder.
+            backbone: The frozen backbone, loaded already; None to load it by the name that the adapters recorded.
+            any_weights: Accept a backbone of the right shape with other weights than an adapter was trained on.
+
+        Raises:
+            CheckpointError: The folder is missing, incomplete, damaged or of an unknown format.
+            BackboneMismatchError: The backbone is not the one that an adapter was trained on.
+        """
+        folders = {name: Path(source) / folder for name, folder in read_index(source).items()}
+        if backbone is None:
+            if not folders:
+                raise CheckpointError(f"{source} has no tasks that would name their backbone; pass backbone=...")
+            backbone = load_recorded_backbone(read_folder(next(iter(folders.values()))))
+        model = cls(backbone)
+        model.add_tasks(folders, any_weights=any_weights)
+        return model
+
+    def _apply(self, *arguments: Any, **options: Any) -> MultiTaskModel:
+        super()._apply(*arguments, **options)
+        tasks = {name: task._apply(*arguments, **options) for name, task in self._arrangement.tasks.items()}
+        self._arrange(Backbone(self.backbone), tasks)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arrangement": self._arrangement.tasks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._hold.join(self.backbone)
+        self._arrange(Backbone(self.backbone), state["_arrangement"])
+
+
+@eager
+def _mixed(lanes: Sequence[Lane], seen: Seen, names: Sequence[str]) -> list[Tensor]:
+    """The logits (1, classes) of each image by its own task, each lane run over its images."""
+    answers: dict[int, Tensor] = {}
+    for lane in lanes:
+        places = [place for place, name in enumerate(names) if name in lane.names]
+        if not places:
+            continue
+        index = torch.tensor(places, device=seen.pixel_values.device)
+        own = seen if len(places) == len(names) else seen.images(index)
+        answers |= zip(places, lane.each(own, [names[place] for place in places]), strict=True)
+    return [answers[place] for place in range(len(names))]
+
+
+@eager
+def _check_names(
+    tasks: Sequence[str] | None, rows: Sequence[str] | None, batch: int, known: Sequence[str]
+) -> Sequence[str]:
+    names, what = (tasks, "tasks") if rows is None else (rows, "rows")
+    if tasks is not None and rows is not None:
+        raise InputError("got both tasks and rows; give tasks for all images, or rows with one task for each image")
+    if names is None:
+        return known
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise InputError(f"{what}: got {names!r}, expected a sequence of the names of tasks")
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"{what}: got the unknown tasks {unknown}; this model has {list(known)}")
+    if rows is not None and len(names) != batch:
+        raise InputError(f"rows: got {len(names)} names for {batch} images, expected one for each image")
+    if rows is None and len(set(names)) < len(names):
+        raise InputError(f"tasks: got {list(names)}, which names a task twice")
+    return names
