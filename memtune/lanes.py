@@ -74,6 +74,7 @@ class Lane(ABC):
 
     def __init__(self, tasks: Mapping[str, Task]) -> None:
         self.names = list(tasks)
+        self.numbers = {name: number for number, name in enumerate(tasks)}
         self.selection = Selection()
         parts = list(tasks.values())
         self._classes = [len(task.labels) for task in parts]
@@ -100,7 +101,7 @@ class Lane(ABC):
     @eager
     def all(self, seen: Seen, names: Sequence[str]) -> dict[str, Tensor]:
         """The logits (batch, classes) of some of the lane's tasks for all images."""
-        numbers = [self.names.index(name) for name in names]
+        numbers = [self.numbers[name] for name in names]
         whole = numbers == list(range(len(self.names)))
         logits = self.run(seen, None if whole else self._index(numbers), by_row=False)
         return {name: logits[:, place, : self._classes[numbers[place]]] for place, name in enumerate(names)}
@@ -108,7 +109,7 @@ class Lane(ABC):
     @eager
     def each(self, seen: Seen, names: Sequence[str]) -> list[Tensor]:
         """The logits (1, classes) of one task for each image."""
-        numbers = [self.names.index(name) for name in names]
+        numbers = [self.numbers[name] for name in names]
         logits = self.run(seen, self._index(numbers), by_row=True)
         return [logits[row, :, : self._classes[number]] for row, number in enumerate(numbers)]
 
@@ -123,9 +124,9 @@ class HeadLane(Lane):
     def features(self, seen: Seen) -> Tensor:
         """The trunk's feature, for each task."""
         assert seen.current.query is not None
-        tasks = 1 if self.selection.by_row or self.selection.index is None else len(self.selection.index)
-        tasks = len(self.names) if self.selection.index is None else tasks
-        return seen.current.query.unsqueeze(1).expand(-1, tasks, -1)
+        index = self.selection.index
+        tasks = len(self.names) if index is None else len(index)
+        return seen.current.query.unsqueeze(1).expand(-1, 1 if self.selection.by_row else tasks, -1)
 
 
 class MaskedLane(Lane):

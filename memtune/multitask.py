@@ -189,7 +189,7 @@ class MultiTaskModel(nn.Module):
             )
         answers: dict[str, Tensor] = {}
         for lane in arrangement.lanes:
-            if own := [name for name in names if name in lane.names]:
+            if own := [name for name in names if name in lane.numbers]:
                 answers |= lane.all(seen, own)
         return MultiTaskOutput({name: ImageClassifierOutput(logits=answers[name]) for name in names}, base)
 
@@ -256,7 +256,7 @@ def _mixed(lanes: Sequence[Lane], seen: Seen, names: Sequence[str]) -> list[Tens
     """The logits (1, classes) of each image by its own task, each lane run over its images."""
     answers: dict[int, Tensor] = {}
     for lane in lanes:
-        places = [place for place, name in enumerate(names) if name in lane.names]
+        places = [place for place, name in enumerate(names) if name in lane.numbers]
         if not places:
             continue
         index = torch.tensor(places, device=seen.pixel_values.device)
