@@ -234,6 +234,18 @@ def test_copies_and_precision() -> None:
     assert all(not parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@each([BY_NAME["vit-head"], BY_NAME["beit-head"], BY_NAME["dinov3"]])
+def test_bfloat16(case: Case, autocast: bool) -> None:
+    backbone = case.build() if autocast else case.build().bfloat16()
+    tasks = tune_all(backbone, KINDS)
+    model, images = memtune.combine(backbone, tasks), case.images(2).to(backbone.dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for name, answer in model(images).items():
+            expected = tasks[name](images).logits
+            assert (answer.logits - expected).norm() < 0.05 * expected.norm()
+
+
 @pytest.mark.slow
 def test_switching_tasks_never_recompiles() -> None:
     backbone = VIT.build()
