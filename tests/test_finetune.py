@@ -2,12 +2,14 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
@@ -36,10 +38,14 @@ def material(tmp_path_factory):
     return folder
 
 
+def arguments_of(material, output, *arguments):
+    given = ["--model_name_or_path", str(material / "backbone"), "--train_dir", str(material / "train")]
+    given += ["--validation_dir", str(material / "test"), "--output_dir", str(output), "--num_train_epochs", "10"]
+    return [*given, "--learning_rate", "0.02", *arguments]
+
+
 def finetune(material, output, *arguments, **environment):
-    command = [sys.executable, str(EXAMPLE), "--model_name_or_path", str(material / "backbone")]
-    command += ["--train_dir", str(material / "train"), "--validation_dir", str(material / "test")]
-    command += ["--output_dir", str(output), "--num_train_epochs", "10", "--learning_rate", "0.02", *arguments]
+    command = [sys.executable, str(EXAMPLE), *arguments_of(material, output, *arguments)]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | environment, check=False, timeout=600
     )
@@ -65,3 +71,39 @@ def test_two_processes_reach_the_accuracy_of_one(material, tmp_path):
     assert two["eval_samples"] == 21
     assert abs(one["eval_accuracy"] - two["eval_accuracy"]) <= 2 / 21
     assert memtune.load(tmp_path / "two").task.labels == ["blue", "green", "red"]
+
+
+def test_two_machines_reach_the_accuracy_of_one_process(material, tmp_path):
+    """Two launches that find each other over the loopback interface."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "2"]
+    launch += ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    train = arguments_of(material, tmp_path / "two", "--cpu", "--per_device_train_batch_size", "4")
+    machines = [
+        subprocess.Popen(
+            [*launch, "--machine_rank", str(rank), str(EXAMPLE), *train],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    for machine in machines:
+        _, errors = machine.communicate(timeout=600)
+        assert machine.returncode == 0, errors[-3000:]
+    two = json.loads((tmp_path / "two" / "all_results.json").read_text())
+    one = finetune(material, tmp_path / "one", "--per_device_train_batch_size", "8")
+    assert two["num_processes"] == 2
+    assert two["eval_samples"] == 21
+    assert abs(one["eval_accuracy"] - two["eval_accuracy"]) <= 2 / 21
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLE.parent.glob("configs/*.yaml")), ids=lambda path: path.stem)
+def test_configurations_are_accelerates(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= config.num_machines >= 1
+    assert path.name in (EXAMPLE.parents[1] / "docs" / "distributed.md").read_text()
