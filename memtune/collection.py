@@ -1,6 +1,7 @@
 """The folder of a multi-task model: an adapter folder for each task, and an index of them.
 
     multi_task_config.json      format version, and for each task its name and its folder, in the order of the tasks
+    README.md                   the card
     <task>/...                  an adapter folder, which can also be used alone
 
 The index is replaced after the adapters, each of which is replaced at once: who reads in between has whole adapters.
@@ -15,10 +16,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from .atomic import current, replace_files
-from .checkpoint import write_folder
+from .card import public_name
+from .checkpoint import CARD_NAME, write_folder
 from .errors import CheckpointError
 from .task import Task
 
@@ -55,8 +58,33 @@ def write_collection(
     index = {"format_version": FORMAT_VERSION, "tasks": folders}
     with replace_files(folder) as staging:
         (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (staging / CARD_NAME).write_text(_card(tasks, folders, name or model.name_or_path), encoding="utf-8")
     for stale in before - set(folders.values()):
         shutil.rmtree(folder / stale, ignore_errors=True)
+
+
+def _card(tasks: Mapping[str, Task], folders: Mapping[str, str], base_model: str | None) -> str:
+    """The card of the whole; each adapter has its own."""
+    base_model = public_name(base_model)
+    rows = [
+        f"| {name} | [`{folders[name]}`]({folders[name]}) | {' + '.join(task.methods) or 'head alone'} "
+        f"| {'masked' if task.masked else 'unmasked'} | {len(task.labels)} |"
+        for name, task in tasks.items()
+    ]
+    data = ModelCardData(
+        base_model=base_model,
+        base_model_relation="adapter" if base_model else None,
+        library_name="memtune",
+        pipeline_tag="image-classification",
+        tags=["memtune", "multi-task"],
+    )
+    table = "\n".join(["| task | adapter | methods | mode | classes |", "| --- | --- | --- | --- | ---: |", *rows])
+    text = (
+        f"# {len(tasks)} tasks from one pass{f' of {base_model}' if base_model else ''}\n\nAdapters of "
+        f"[memtune](https://pypi.org/project/memtune/); `memtune.MultiTaskModel.from_pretrained` loads them all, "
+        f"`memtune.load(..., subfolder=...)` one.\n\n{table}\n"
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
 
 
 def _folder_names(tasks: Iterable[str]) -> dict[str, str]:

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from .atomic import current
 from .card import public_name
 from .checkpoint import CARD_NAME, CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAME, AdapterFolder
+from .collection import INDEX_NAME, read_index
 from .errors import CheckpointError, ConfigError, HubError
 from .hub_errors import explain, is_temporary, root_cause
 
@@ -73,26 +74,39 @@ def find_folder(
     if public_name(source) is None:
         raise HubError(f"got {source!r}, which is no folder here, and no id of a repository on the Hub (user/name)")
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    with _explained(f"{source!r} is no folder here, and could not be loaded from the Hub", source, revision):
-        snapshot = _repeat(
-            lambda: snapshot_download(
-                source,
-                revision=revision,
-                allow_patterns=[prefix + name for name in _FILES],
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                force_download=force_download,
-                **_library(),
-            )
-        )
-    folder = Path(snapshot, prefix)
+    access: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    patterns = [prefix + name for name in _FILES]
+    folder = Path(_download(source, patterns, revision=revision, force_download=force_download, **access), prefix)
     if missing := [prefix + name for name in _REQUIRED if not (folder / name).is_file()]:
         raise HubError(
             f"{source!r} on the Hub has no {' and no '.join(missing)} at revision {revision or 'main'!r}: "
             "it is no adapter of memtune; name another repository, revision= or subfolder="
         )
     return folder
+
+
+def find_collection(source: str | Path, *, revision: str | None = None, **access: Any) -> Path:
+    """Where the folder of a multi-task model lies: the folder itself, or that in the cache of one on the Hub.
+
+    Args:
+        source: A folder, or the id of a repository on the Hub; a folder of that name goes first.
+        revision: Branch, tag, pull request or commit on the Hub; by default `main`.
+        access: `token`, `cache_dir`, `local_files_only` and `force_download`, as for `find_folder`.
+
+    Raises:
+        HubError: The folder cannot be had.
+    """
+    if isinstance(source, Path) or Path(source).exists() or public_name(source) is None:
+        return Path(source)
+    patterns = [INDEX_NAME, CARD_NAME, *(f"*/{name}" for name in _FILES)]
+    return Path(_download(source, patterns, revision=revision, **access))
+
+
+def _download(source: str, patterns: list[str], *, revision: str | None, **access: Any) -> str:
+    with _explained(f"{source!r} is no folder here, and could not be loaded from the Hub", source, revision):
+        return _repeat(
+            lambda: snapshot_download(source, revision=revision, allow_patterns=patterns, **access, **_library())
+        )
 
 
 def make_repository(repo_id: str, *, private: bool | None = None, token: bool | str | None = None) -> str:
@@ -124,7 +138,7 @@ def push_folder(
     """Put an adapter folder on the Hub in one commit, which either has all of its files or does not exist.
 
     Args:
-        folder: The adapter folder.
+        folder: The adapter folder, or the folder of a multi-task model.
         repo_id: `user/name`, a repository that is there.
         revision: Branch to commit to, made if it is not there; by default `main`.
         commit_message: First line of the commit's message.
@@ -172,7 +186,11 @@ def _make_branch(api: HfApi, repo_id: str, branch: str, *, optional: bool) -> No
 def _operations(folder: Path, info: ModelInfo) -> list[CommitOperationAdd | CommitOperationDelete]:
     """What makes the adapter's files in a repository those of a folder."""
     there = {sibling.rfilename for sibling in info.siblings or []}
-    paths = {name: current(folder, name) for name in _FILES}
+    names = list(_FILES)
+    if current(folder, INDEX_NAME).is_file():
+        folders = {*read_index(folder).values(), *(name.partition("/")[0] for name in there if "/" in name)}
+        names = [INDEX_NAME, CARD_NAME, *(f"{each}/{name}" for each in sorted(folders) for name in _FILES)]
+    paths = {name: current((folder / name).parent, Path(name).name) for name in names}
     additions = [CommitOperationAdd(name, path) for name, path in paths.items() if path.is_file()]
     stale = [name for name, path in paths.items() if not path.is_file() and name in there]
     return [*additions, *(CommitOperationDelete(name) for name in stale)]

@@ -7,26 +7,28 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from .backbones import Backbone
+from .card import public_name
 from .checkpoint import read_folder
 from .checks import check_images
 from .collection import read_index, write_collection
 from .errors import CheckpointError, ConfigError, InputError, MemtuneError
 from .freezing import Hold
-from .hub import load_recorded_backbone
+from .hub import find_collection, load_recorded_backbone, make_repository, push_folder
 from .lanes import AdaptedLane, Lane, Seen, eager, make_lanes
 from .plan import Plan, make_plan
 from .sources import TaskSource, read_source
 from .streams import Trunk
 from .task import Task
-
 
 _CHANGES = threading.Lock()
 """Held while a model's tasks change, so that changes made in several threads all count."""
@@ -212,26 +214,59 @@ class MultiTaskModel(nn.Module):
             save_directory, self._arrangement.tasks, self.backbone, self._processors, base_model_name or None
         )
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        base_model_name: str | None = None,
+    ) -> CommitInfo:
+        """Share all tasks on the Hub as one repository, in one commit (see `TunedModel.push_to_hub`).
+
+        Raises:
+            HubError: The Hub refused or could not be reached; the repository has the old tasks or the new ones.
+        """
+        repo_id = make_repository(repo_id, private=private, token=token)
+        name = public_name(base_model_name or self.backbone.name_or_path) or ""  # no path of this machine gets out
+        with TemporaryDirectory() as folder:
+            write_collection(folder, self._arrangement.tasks, self.backbone, self._processors, name)
+            options: dict[str, Any] = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
+            return push_folder(Path(folder), repo_id, token=token, **options)
+
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, backbone: PreTrainedModel | None = None, *, any_weights: bool = False
+        cls,
+        source: str | Path,
+        backbone: PreTrainedModel | None = None,
+        *,
+        any_weights: bool = False,
+        revision: str | None = None,
+        **access: Any,
     ) -> MultiTaskModel:
-        """Load what `save_pretrained` saved.
+        """Load what `save_pretrained` saved, or `push_to_hub` shared.
 
         Args:
-            source: The folder.
+            source: The folder, or `user/name` on the Hub; a folder of that name goes first.
             backbone: The frozen backbone, loaded already; None to load it by the name that the adapters recorded.
             any_weights: Accept a backbone of the right shape with other weights than an adapter was trained on.
+            revision: Branch, tag, pull request or commit on the Hub.
+            access: `token`, `cache_dir`, `local_files_only` and `force_download`, as for `TunedModel.from_pretrained`.
 
         Raises:
             CheckpointError: The folder is missing, incomplete, damaged or of an unknown format.
             BackboneMismatchError: The backbone is not the one that an adapter was trained on.
         """
-        folders = {name: Path(source) / folder for name, folder in read_index(source).items()}
+        source = find_collection(source, revision=revision, **access)
+        folders = {name: source / folder for name, folder in read_index(source).items()}
         if backbone is None:
             if not folders:
                 raise CheckpointError(f"{source} has no tasks that would name their backbone; pass backbone=...")
-            backbone = load_recorded_backbone(read_folder(next(iter(folders.values()))))
+            kept = {name: access[name] for name in ("token", "cache_dir", "local_files_only") if name in access}
+            backbone = load_recorded_backbone(read_folder(next(iter(folders.values()))), **kept)
         model = cls(backbone)
         model.add_tasks(folders, any_weights=any_weights)
         return model
