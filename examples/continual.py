@@ -25,14 +25,14 @@ from datasets import Dataset, load_dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 import memtune
-from memtune.continual import ContinualTask, class_order, fit_continual, split_by_class
+from memtune.continual import class_order, fit_continual, split_by_class
 from memtune.registry import method_names, read_config
 
-RECIPES: dict[str, dict[str, float]] = {
+PAPER: dict[str, dict[str, float]] = {
     "coda_prompts": {"learning_rate": 1e-3, "weight_decay": 0.0, "warmup_ratio": 0.0, "label_smoothing_factor": 0.0},
     "full": {"learning_rate": 5e-5, "weight_decay": 0.0, "label_smoothing_factor": 0.0},
 }
-"""The CODA paper's settings, where those of TrainingConfig are not meant."""
+"""Settings of the CODA paper for its method and its baseline, in place of TrainingConfig's."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,11 +49,20 @@ def parse_arguments() -> argparse.Namespace:
     add("--data_dir", required=True, help="a folder with train/ and test/, each with a folder of images for each class")
     add("--tasks", type=int, default=10, help="number of tasks that the classes are split over")
     add("--class_order_seed", type=int, default=0, help="order of the classes; 0 for the natural one")
-    add("--loss", default="local", choices=["local", "seen"], help="classes in the cross-entropy: the task's, or all so far")
+    add(
+        "--loss",
+        default="local",
+        choices=["local", "seen"],
+        help="classes in the cross-entropy: the task's, or all so far",
+    )
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", required=True, help="where the adapter and the results go")
     for name in ("num_train_epochs", "learning_rate", "weight_decay", "momentum", "warmup_ratio", "max_grad_norm"):
-        add(f"--{name}", type=float, help="of each task; by default that of TrainingConfig, or the paper's for the method")
+        add(
+            f"--{name}",
+            type=float,
+            help="of each task; by default that of TrainingConfig, or the paper's for the method",
+        )
     add("--label_smoothing_factor", type=float, help="the same")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         add(f"--{name}", type=int, default=getattr(defaults, name), help="%(default)s")
@@ -94,14 +103,7 @@ def training_config(args: argparse.Namespace) -> memtune.TrainingConfig:
     given = {name: value for name, value in vars(args).items() if value is not None}
     names = memtune.TrainingConfig.__dataclass_fields__
     chosen = {name: value for name, value in given.items() if name in names}
-    return memtune.TrainingConfig(**RECIPES.get(args.method, {}) | chosen)
-
-
-def describe(tasks: list[ContinualTask]) -> str:
-    train, evaluation = (sum(len(each) for each in column) for column in zip(
-        *((task.train_dataset, task.eval_dataset) for task in tasks), strict=True
-    ))  # fmt: skip
-    return f"{len(tasks)} tasks, {train} images to train on, {evaluation} to test on"
+    return memtune.TrainingConfig(**PAPER.get(args.method, {}) | chosen)
 
 
 def main() -> None:
@@ -114,7 +116,7 @@ def main() -> None:
         train, evaluation = load_split(args.data_dir, "train"), load_split(args.data_dir, "test")
     labels = train.features["label"].names
     tasks = split_by_class(train, evaluation, args.tasks, class_order(len(labels), args.class_order_seed))
-    logging.info(describe(tasks))
+    logging.info("%d tasks, %d images to train on, %d to test on", len(tasks), len(train), len(evaluation))
     set_seed(args.seed)
     model = build_model(args, labels)
     output = Path(args.output_dir)

@@ -68,6 +68,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--lr_scheduler_type", default=defaults.lr_scheduler_type, help="%(default)s")
     add("--optim", default=defaults.optim, choices=["adamw", "sgd"], help="%(default)s")
     add("--mixed_precision", default="no", choices=["no", "bf16", "fp16"], help="%(default)s")
+    add("--trunk_cache", help="with --masked: a folder to keep what the backbone makes of each image (docs/trunk_cache.md)")
+    add("--trunk_cache_dtype", default=defaults.trunk_cache_dtype, help="float32, float16, bfloat16 or int8: %(default)s")
+    add("--trunk_cache_max_gb", type=float, help="most gigabytes in that folder; by default all that the disk has left")
     add("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
     add("--num_processes", type=int, default=1, help="with --cpu: processes to start on this machine")
     add("--push_to_hub", action="store_true", help="push the adapter to the Hub at the end")
@@ -91,7 +94,7 @@ def load_data(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     else:
         folders = {"train": args.train_dir, "validation": args.validation_dir}
         splits = {
-            name: load_dataset("imagefolder", data_dir=folder, split="train")
+            name: load_dataset("imagefolder", data_dir=folder, data_files="**", split="train")
             for name, folder in folders.items()
             if folder
         }

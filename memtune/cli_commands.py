@@ -158,7 +158,7 @@ def evaluate(options: Namespace) -> Result:
     """Measure an adapter's accuracy on a folder with one folder of images for each class, named by its labels."""
     adapter = read_folder(find_folder(options.adapter))
     model = TunedModel.from_pretrained(options.adapter, _load_backbone(options.backbone, adapter))
-    data = datasets.load_dataset("imagefolder", data_dir=options.data, split="train")
+    data = datasets.load_dataset("imagefolder", data_dir=options.data, data_files="**", split="train")
     classes = data.features["label"].names
     if unknown := [name for name in classes if name not in adapter.labels]:
         raise InputError(f"{options.data} has the classes {unknown}, which are no labels of the adapter")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import cross_entropy
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 import memtune
@@ -123,6 +124,51 @@ def test_evaluation_counts_each_image_once_and_leaves_the_mode():
     output = model.eval()(images, labels=labels)
     assert scores["accuracy"] == pytest.approx((output.logits.argmax(-1) == labels).float().mean().item())
     assert scores["loss"] == pytest.approx(output.loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_loss_of_the_users_own(masked):
+    one, other, third = tuned(masked), tuned(masked), tuned(masked)
+    settings = TrainingConfig(**QUICK | {"label_smoothing_factor": 0.2})
+    memtune.fit(one, items(), config=settings)
+    memtune.fit(
+        other,
+        items(),
+        config=settings,
+        compute_loss_func=lambda outputs, labels: cross_entropy(outputs.logits, labels, label_smoothing=0.2),
+    )
+    assert equal(weights(one), weights(other))
+    result = memtune.fit(
+        third, items(), config=settings, compute_loss_func=lambda outputs, labels: 0 * outputs.logits.sum() + 3
+    )
+    assert result.history[-1]["loss"] == 3
+    assert torch.equal(third.task.head.bias, torch.zeros(2))  # no gradient, and biases do not decay
+
+
+def test_a_loss_gets_single_precision():
+    types = []
+
+    def loss(outputs, labels):
+        types.append(outputs.logits.dtype)
+        return cross_entropy(outputs.logits, labels)
+
+    settings = TrainingConfig(**QUICK | {"mixed_precision": "bf16", "max_steps": 1})
+    memtune.fit(tuned(), items(), config=settings, compute_loss_func=loss)
+    assert types == [torch.float32]
+
+
+def test_evaluation_among_some_classes():
+    torch.manual_seed(0)
+    backbone = ViTForImageClassification(ViTConfig(**SHAPE, image_size=32, patch_size=8))
+    model = memtune.wrap(backbone, memtune.MemoryConfig(2), num_labels=5).eval()
+    data = [{"pixel_values": torch.randn(3, 32, 32), "labels": label} for label in [3, 1, 1, 3, 3, 1, 1, 3, 3]]
+    with torch.no_grad():
+        logits = model(torch.stack([item["pixel_values"] for item in data])).logits[:, [3, 1]]
+    labels = torch.tensor([0 if item["labels"] == 3 else 1 for item in data])
+    scores = memtune.evaluate(model, data, TrainingConfig(per_device_eval_batch_size=4), classes=[3, 1])
+    assert scores["accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
+    assert scores["loss"] == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-5)
+    assert memtune.evaluate(model, data, classes=range(5)) == memtune.evaluate(model, data)
 
 
 def test_images_go_through_the_processor():

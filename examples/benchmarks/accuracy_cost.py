@@ -91,7 +91,7 @@ def main() -> None:
     results = json.loads(path.read_text()) if path.exists() else []
     done = {each["name"] for each in results}
     folders = (args.train_dir, args.validation_dir)
-    splits = [datasets.load_dataset("imagefolder", data_dir=folder, split="train") for folder in folders]
+    splits = [datasets.load_dataset("imagefolder", data_dir=folder, data_files="**", split="train") for folder in folders]
     config = AutoModelForImageClassification.from_pretrained(args.model_name_or_path).config
     for name, adapters, masked in variants(config.num_hidden_layers):
         if name not in done:

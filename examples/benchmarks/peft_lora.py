@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load(args: argparse.Namespace, folder: str, processor: object, *, shuffle: bool) -> tuple[DataLoader, list[str]]:
-    data = datasets.load_dataset("imagefolder", data_dir=folder, split="train")
+    data = datasets.load_dataset("imagefolder", data_dir=folder, data_files="**", split="train")
     labels = data.features["label"].names
     items = ImageDataset(data, processor, image_size=args.image_size)
     order = torch.Generator().manual_seed(args.seed)

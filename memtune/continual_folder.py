@@ -1,0 +1,133 @@
+"""The folder of a class-incremental run: the adapter after the last finished task, and beside it the run's state.
+
+    continual.json    format version, what must be equal for the run to go on, and the result so far
+
+Both are replaced at once, so that a process killed at any moment leaves them as they were after the same task.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from .adapter import Adapter
+from .atomic import current, replace_files
+from .backbones import Backbone
+from .checkpoint import check_backbone, read_folder
+from .continual_result import ContinualResult
+from .errors import CheckpointError, ConfigError
+from .training import TrainingConfig
+from .tuned import TunedModel
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME = "continual.json"
+FORMAT_VERSION = 1
+_WITHOUT_EFFECT = ("disable_tqdm", "dataloader_num_workers")
+"""Settings that may differ when a run is resumed."""
+
+
+def adapters_of(model: TunedModel) -> list[Adapter]:
+    """The adapters of a model's methods."""
+    return [adapter for adapter in model.task.adapters if isinstance(adapter, Adapter)]
+
+
+def start_task(model: TunedModel, number: int) -> None:
+    """Tell every adapter of a model that the task of this number begins."""
+    for adapter in adapters_of(model):
+        adapter.start_task(number)
+
+
+class RunFolder:
+    """An adapter folder with the state of a run beside the adapter.
+
+    Args:
+        path: The folder.
+        model: The model before its first task.
+        tasks: The `ContinualTask`s.
+        config: The settings of training.
+        loss: The loss.
+
+    Raises:
+        ConfigError: The backbone is being trained, which an adapter folder does not hold.
+    """
+
+    def __init__(self, path: Path, model: TunedModel, tasks: Sequence[Any], config: TrainingConfig, loss: str) -> None:
+        if any(parameter.requires_grad for parameter in model.backbone.parameters()):
+            raise ConfigError(
+                "output_dir: the backbone is being trained, but a folder holds the adapter alone; pass None"
+            )
+        self._path = path
+        self._config = config
+        training = {name: value for name, value in asdict(config).items() if name not in _WITHOUT_EFFECT}
+        self._settings: dict[str, Any] = training | {
+            "loss": loss,
+            "methods": [each.to_dict() for each in model.task.configs],
+            "masked": model.task.masked,
+            "labels": model.task.labels,
+            "classes": [list(task.classes) for task in tasks],
+            "train_images": [len(task.train_dataset) for task in tasks],
+            "eval_images": [len(task.eval_dataset) for task in tasks],
+        }
+
+    def save(self, model: TunedModel, result: ContinualResult) -> None:
+        """Replace adapter and state at once; the main process alone writes."""
+        state = PartialState()
+        if state.is_main_process:
+            values = {"format_version": FORMAT_VERSION, "settings": self._settings, "result": result.to_dict()}
+            with replace_files(self._path) as staging:
+                model.save_pretrained(staging, training=self._config)
+                (staging / STATE_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        state.wait_for_everyone()
+
+    def resume(self, model: TunedModel) -> ContinualResult | None:
+        """Bring the model to where the folder's run is, and give its result so far; None where there is no run."""
+        if not current(self._path, STATE_NAME).is_file():
+            return None
+        values = read_state(self._path)
+        saved, own = values["settings"], json.loads(json.dumps(self._settings))
+        differences = [
+            f"{name}: got {own.get(name)!r}, the folder has {saved.get(name)!r}"
+            for name in sorted(own.keys() | saved.keys())
+            if own.get(name) != saved.get(name)
+        ]
+        if differences:
+            raise ConfigError(
+                f"output_dir: {self._path} holds a run with other settings; take another folder, or those settings and "
+                "a newly wrapped model:\n  " + "\n  ".join(differences)
+            )
+        adapter = read_folder(self._path)
+        check_backbone(adapter, Backbone(model.backbone))
+        result = ContinualResult.from_dict(values["result"])
+        for number in range(result.tasks_done):
+            start_task(model, number)
+        model.task.load_tensors(adapter.tensors)
+        model.eval()
+        logger.info("%s: going on after task %d", self._path, result.tasks_done)
+        return result
+
+
+def read_state(folder: str | Path) -> dict[str, Any]:
+    """The `settings` and the `result` so far of a run's folder, as JSON values.
+
+    Raises:
+        CheckpointError: There is no run in the folder, or its state is damaged or of an unknown format.
+    """
+    path = current(Path(folder), STATE_NAME)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version, _ = values["format_version"], values["settings"]
+        ContinualResult.from_dict(values["result"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is missing or damaged: {error!r}") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}, this memtune reads {FORMAT_VERSION}; update memtune"
+        )
+    return values
