@@ -3,8 +3,8 @@
     python examples/benchmarks/accuracy_cost.py --model_name_or_path google/vit-base-patch16-224-in21k \\
         --train_dir pets/train --validation_dir pets/test --output_dir accuracy-cost
 
-Each variant is trained with the recipe of its mode. Its cost is what `MultiTaskModel.plan()` counts beside a pass of the
-backbone. `results.json` in the output folder is written after each variant, and a new call goes on from there;
+Each variant is trained with the recipe of its mode. Its cost is what `MultiTaskModel.plan()` counts beside one pass of
+the backbone. `results.json` in the output folder is written after each variant, and a new call goes on from there;
 `accuracy_cost.png` is the chart.
 """
 
@@ -91,7 +91,9 @@ def main() -> None:
     results = json.loads(path.read_text()) if path.exists() else []
     done = {each["name"] for each in results}
     folders = (args.train_dir, args.validation_dir)
-    splits = [datasets.load_dataset("imagefolder", data_dir=folder, data_files="**", split="train") for folder in folders]
+    splits = [
+        datasets.load_dataset("imagefolder", data_dir=folder, data_files="**", split="train") for folder in folders
+    ]
     config = AutoModelForImageClassification.from_pretrained(args.model_name_or_path).config
     for name, adapters, masked in variants(config.num_hidden_layers):
         if name not in done:
