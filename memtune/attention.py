@@ -151,7 +151,7 @@ def adapted_attention(
     for further in site.further(memtune_pass):
         attention_mask = widen(attention_mask, further, like=key)
         key, value = (
-            torch.cat([own, per_row(more.squeeze(1), len(own)).to(own.dtype)], dim=2)
+            torch.cat([own, per_row(more.squeeze(1), own.shape[0]).to(own.dtype)], dim=2)
             for own, more in ((key, further.key), (value, further.value))
         )
     return site.kernel()(module, query, key, value, attention_mask, **kwargs)

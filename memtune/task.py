@@ -97,7 +97,9 @@ class Task(nn.Module):
         """
         if self.class_token is None:
             raise RuntimeError("this task uses the backbone's class token")
-        return self.class_token.view(1, 1, -1)
+        # Detached where no gradient is recorded, as a view of a parameter says that it requires one all the same.
+        token = self.class_token if torch.is_grad_enabled() else self.class_token.detach()
+        return token.view(1, 1, -1)
 
     def _apply(self, *arguments: Any, **options: Any) -> Task:
         for task in self.extends.values():

@@ -84,7 +84,8 @@ class BlockMemory(nn.Module):
         state = self._state(block)
         kept = self._kept
         if kept is None or kept[0] != state:
-            kept = self._kept = (state, _project(self.memory.expand(1, 1, -1, -1), block))
+            # Detached, as a view of a parameter says that it requires a gradient also where none is recorded.
+            kept = self._kept = (state, _project(self.memory.detach().expand(1, 1, -1, -1), block))
         return kept[1]
 
     def _state(self, block: Block) -> Any:
