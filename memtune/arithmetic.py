@@ -31,7 +31,7 @@ from .checkpoint import read_folder
 from .errors import ConfigError, MemtuneError
 from .hub import find_folder, load_recorded_backbone
 from .methods.lora import LoraConfig
-from .sources import TaskSource, read_source
+from .sources import SourceReader, TaskSource
 from .task import Task
 from .tuned import TunedModel
 
@@ -151,9 +151,10 @@ def _find_backbone(adapters: Sequence[Any]) -> PreTrainedModel:
 def _read(adapters: Sequence[Any], backbone: Backbone) -> tuple[list[Task], list[Any]]:
     """The tasks, and the image processor of each or None."""
     read = []
+    reader = SourceReader(backbone, any_weights=False)
     for number, source in enumerate(adapters):
         try:
-            read.append(read_source(source, backbone, {}, any_weights=False))
+            read.append(reader.read(source, {}))
         except MemtuneError as error:
             raise type(error)(f"adapter {number}: {error}") from error
     return [task for task, _ in read], [processor for _, processor in read]

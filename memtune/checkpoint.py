@@ -207,27 +207,32 @@ def make_task(folder: AdapterFolder, backbone: Backbone, known: Mapping[str, Tas
     return task
 
 
-def check_backbone(folder: AdapterFolder, backbone: Backbone, *, any_weights: bool = False) -> None:
+def check_backbone(
+    folder: AdapterFolder, backbone: Backbone, *, any_weights: bool = False, own: Mapping[str, str] | None = None
+) -> None:
     """Compare a backbone with the one that an adapter was trained on.
 
     Args:
         folder: The adapter.
         backbone: The backbone to use it on.
         any_weights: Accept other weights of the same shapes.
+        own: The backbone's fingerprint, where it has been taken already.
 
     Raises:
         BackboneMismatchError: It is another one; every difference is named.
     """
-    own, recorded, trained_on = backbone.describe(), folder.backbone, folder.backbone.get("name_or_path")
+    described, recorded, trained_on = backbone.describe(), folder.backbone, folder.backbone.get("name_or_path")
     differences = [
-        f"{name}: got {own[name]}, expected {recorded.get(name)}" for name in _SHAPES if own[name] != recorded.get(name)
+        f"{name}: got {described[name]}, expected {recorded.get(name)}"
+        for name in _SHAPES
+        if described[name] != recorded.get(name)
     ]
     if differences:
         raise BackboneMismatchError(
             f"the adapter {folder.path} was trained on {trained_on!r}, a backbone of another shape:\n  "
             + "\n  ".join(differences)
         )
-    if not any_weights and not same_weights(recorded.get("fingerprint", {}), fingerprint(backbone)):
+    if not any_weights and not same_weights(recorded.get("fingerprint", {}), own or fingerprint(backbone)):
         raise BackboneMismatchError(
             f"the adapter {folder.path} was trained on {trained_on!r}; the backbone given has the same shape but other "
             "weights. Load the recorded one, or pass any_weights=True if you know what you do"

@@ -26,7 +26,7 @@ from .freezing import Hold
 from .hub import find_collection, load_recorded_backbone, make_repository, push_folder
 from .lanes import AdaptedLane, Lane, Seen, eager, make_lanes
 from .plan import Plan, make_plan
-from .sources import TaskSource, read_source
+from .sources import SourceReader, TaskSource
 from .streams import Trunk
 from .task import Task
 
@@ -110,6 +110,7 @@ class MultiTaskModel(nn.Module):
         """Add tasks (see `combine`), those that extend others after them; if one cannot be added, none is."""
         with _CHANGES:
             before, backbone = self._arrangement.tasks, Backbone(self.backbone)
+            reader = SourceReader(backbone, any_weights=any_weights)
             added: dict[str, Task] = {}
             processors: dict[str, Any] = {}
             for name, source in tasks.items():
@@ -120,7 +121,7 @@ class MultiTaskModel(nn.Module):
                         f"tasks: there is a task {name!r} already; remove it first, or choose another name"
                     )
                 try:
-                    task, processors[name] = read_source(source, backbone, before | added, any_weights=any_weights)
+                    task, processors[name] = reader.read(source, before | added)
                 except MemtuneError as error:
                     raise type(error)(f"task {name!r}: {error}") from error
                 added[name] = task.requires_grad_(False).eval().to(self.backbone.device)
@@ -182,7 +183,7 @@ class MultiTaskModel(nn.Module):
         arrangement = self._arrangement
         trunk = arrangement.trunk
         pixel_values = check_images(pixel_values, trunk.view, interpolate=interpolate)
-        names = _check_names(tasks, rows, pixel_values.shape[0], list(arrangement.tasks))
+        names = _check_names(tasks, rows, pixel_values.shape[0], arrangement.tasks)
         current, base = trunk.answer(pixel_values, interpolate_pos_encoding=interpolate)
         seen = Seen(pixel_values, current, interpolate)
         if rows is not None:
@@ -302,13 +303,13 @@ def _mixed(lanes: Sequence[Lane], seen: Seen, names: Sequence[str]) -> list[Tens
 
 @eager
 def _check_names(
-    tasks: Sequence[str] | None, rows: Sequence[str] | None, batch: int, known: Sequence[str]
+    tasks: Sequence[str] | None, rows: Sequence[str] | None, batch: int, known: Mapping[str, Task]
 ) -> Sequence[str]:
     names, what = (tasks, "tasks") if rows is None else (rows, "rows")
     if tasks is not None and rows is not None:
         raise InputError("got both tasks and rows; give tasks for all images, or rows with one task for each image")
     if names is None:
-        return known
+        return list(known)
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise InputError(f"{what}: got {names!r}, expected a sequence of the names of tasks")
     if unknown := [name for name in names if name not in known]:

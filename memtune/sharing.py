@@ -31,7 +31,9 @@ class Sharing:
     if TYPE_CHECKING:
 
         def __init__(self, backbone: PreTrainedModel, task: Task, processor: Any = None) -> None: ...
-        def train(self, mode: bool = True) -> Any: ...
+        def train(self, mode: bool = True) -> Any:
+            """As `torch.nn.Module` has it."""
+            ...
 
     def save_pretrained(
         self,

@@ -108,13 +108,15 @@ class MemoryStack:
     def __init__(self, stack: Stack, block: Block | None) -> None:
         self._stack = stack
         self._present = stack.present(lambda part: part.memory)
-        self._memory = stack.rows(lambda part: part.memory)  # (tasks, m, width)
-        self._projected = None if block is None else _project(self._memory.unsqueeze(0), block)
+        memory = stack.rows(lambda part: part.memory)  # (tasks, m, width)
+        self._memory = memory if block is None else None
+        self._projected = None if block is None else _project(memory.unsqueeze(0), block)
 
     def __call__(self, block: Block, current: Pass) -> KeysValues:
         """Keys and values of the tasks that the pass is for; tasks with fewer tokens than others have them masked."""
         present = None if self._present is None else self._stack.chosen(self._present)
         if self._projected is None:
+            assert self._memory is not None
             return _project(self._stack.chosen(self._memory), block)._replace(present=present)
         key, value = (self._stack.chosen(part[0]) for part in self._projected[:2])
         return KeysValues(key, value, present)
