@@ -29,6 +29,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, se
 import memtune
 import memtune.training
 from memtune.registry import method_names, read_config
+from memtune.trunk_cache import DTYPES
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -68,8 +69,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--lr_scheduler_type", default=defaults.lr_scheduler_type, help="%(default)s")
     add("--optim", default=defaults.optim, choices=["adamw", "sgd"], help="%(default)s")
     add("--mixed_precision", default="no", choices=["no", "bf16", "fp16"], help="%(default)s")
-    add("--trunk_cache", help="with --masked: a folder to keep what the backbone makes of each image (docs/trunk_cache.md)")
-    add("--trunk_cache_dtype", default=defaults.trunk_cache_dtype, help="float32, float16, bfloat16 or int8: %(default)s")
+    add("--trunk_cache", help="with --masked: folder to keep what the backbone makes of each image")
+    add("--trunk_cache_dtype", default=defaults.trunk_cache_dtype, choices=[*DTYPES], help="%(default)s")
     add("--trunk_cache_max_gb", type=float, help="most gigabytes in that folder; by default all that the disk has left")
     add("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
     add("--num_processes", type=int, default=1, help="with --cpu: processes to start on this machine")

@@ -53,21 +53,23 @@ It puts {parameters:,} trained values on a frozen {family} backbone{backbone}, w
 
 - It answers with one of these classes whatever the image shows.
 - It works on the backbone that it was trained on and on no other; memtune compares the weights before it loads.
-- {measured}
+{extends}- {measured}
 """
 
 _USAGE = """\
 {imports}
 
-model = memtune.load({arguments})
+{model}
 {pixel_values}
 with torch.no_grad():
-    logits = model(pixel_values).logits
-print(model.config.id2label[logits.argmax().item()])"""
+    logits = {logits}
+print({labels}[logits.argmax().item()])"""
 
 _PROCESSED = """\
 image = Image.open("image.jpg").convert("RGB")
-pixel_values = model.processor(image, return_tensors="pt").pixel_values"""
+pixel_values = {processor}(image, return_tensors="pt").pixel_values"""
+
+_NO_NAME = "path/to/the/backbone"
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ def write_card(config: Mapping[str, Any], tensors: Mapping[str, Tensor], details
             "Results", ("metric", "value"), {name: f"{value:.4g}" for name, value in details.results.items()}
         ),
         training=_table("Training", ("setting", "value"), _settings(details.training)),
+        extends=_extends(config),
         measured="Images of another kind than those of the results were not measured."
         if details.results
         else "How well it does was not recorded.",
@@ -165,21 +168,44 @@ def _metadata(config: Mapping[str, Any], details: CardDetails, base_model: str |
 
 def _usage(config: Mapping[str, Any], details: CardDetails) -> str:
     """Python that runs as it stands: beside the folder's files, or anywhere once the adapter is on the Hub."""
-    backbone = config["backbone"]
-    arguments = json.dumps(details.repo_id or ".")
-    imports = ["import torch"]
+    recorded, model_class = config["backbone"]["name_or_path"], config["backbone"]["model_class"]
+    backbone = f"{model_class}.from_pretrained({json.dumps(public_name(recorded) or _NO_NAME)})"
+    source, earlier = json.dumps(details.repo_id or "."), list(config.get("extends", ()))
+    imports, from_transformers = ["import memtune", "import torch"], []
+    if earlier:
+        tasks = ", ".join([f'{json.dumps(name)}: "path/to/it"' for name in earlier] + [f'"this": {source}'])
+        model = f"model = memtune.combine({backbone}, {{{tasks}}})"
+        processor, logits, labels = (
+            "processor",
+            'model(pixel_values, tasks=["this"])["this"].logits',
+            'model.tasks["this"]',
+        )
+    else:
+        model = f"model = memtune.load({source}{'' if recorded else f', backbone={backbone}'})"
+        processor, logits, labels = "model.processor", "model(pixel_values).logits", "model.config.id2label"
+    if earlier or not recorded:
+        from_transformers.append(model_class)
     if config["processor"]:
-        imports.insert(0, "from PIL import Image")
-    if not backbone["name_or_path"]:
-        imports.append(f"from transformers import {backbone['model_class']}")
-        arguments += f', backbone={backbone["model_class"]}.from_pretrained("path/to/the/backbone")'
-    size = ", ".join(str(number) for number in (1, backbone["channels"], *backbone["image_size"]))
-    pixel_values = f"pixel_values = torch.rand({size})  # an image as the backbone's processor gives it"
+        imports.append("from PIL import Image")
+    if config["processor"] and earlier:
+        from_transformers.append("AutoImageProcessor")
+        model += f"\nprocessor = AutoImageProcessor.from_pretrained({source})"
+    if from_transformers:
+        imports.append(f"from transformers import {', '.join(sorted(from_transformers))}")
+    size = ", ".join(str(number) for number in (1, config["backbone"]["channels"], *config["backbone"]["image_size"]))
+    random = f"pixel_values = torch.rand({size})  # an image as the backbone's processor gives it"
     return _USAGE.format(
-        imports="\n".join(["import memtune", *imports]),
-        arguments=arguments,
-        pixel_values=_PROCESSED if config["processor"] else pixel_values,
+        imports="\n".join(imports),
+        model=model,
+        pixel_values=_PROCESSED.format(processor=processor) if config["processor"] else random,
+        logits=logits,
+        labels=labels,
     )
+
+
+def _extends(config: Mapping[str, Any]) -> str:
+    names = ", ".join(f"`{_one_line(name)}`" for name in config.get("extends", ()))
+    return f"- It reads other tasks ({names}), and works together with them only.\n" if names else ""
 
 
 def _list_labels(labels: Sequence[str]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import datasets
@@ -79,6 +81,22 @@ class ImageDataset(Dataset):
             return None
         pixel_values = self._processor(image, return_tensors="pt", **self._options).pixel_values[0]
         return {"pixel_values": pixel_values, "labels": int(row[label_column])}
+
+    def source(self, index: int) -> bytes | None:
+        """The file of an image, undecoded; None if it cannot be read."""
+        value = self._dataset[index][self._columns[0]]
+        try:
+            return value.get("bytes") or Path(value["path"]).read_bytes()
+        except (OSError, TypeError, ValueError):
+            return None
+
+    def labels(self) -> list[int]:
+        """The indices of all items' classes."""
+        return [int(label) for label in self._dataset[self._columns[1]]]
+
+    def transform(self) -> dict[str, Any]:
+        """What makes `pixel_values` of an image, as JSON values."""
+        return {"processor": json.loads(self._processor.to_json_string()), "options": self._options}
 
 
 def _decode(value: dict[str, Any]) -> Image.Image:

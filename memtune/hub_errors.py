@@ -101,7 +101,8 @@ def _explain_local(error: BaseException) -> str:
         return f"there is no token on this machine; {_LOGIN}"
     if isinstance(error, LocalEntryNotFoundError):
         return "the cache does not hold all of it, and local_files_only=True; load it once without"
-    return f"{type(error).__name__}: {error}"
+    reason = f"{type(error).__name__}: {error}"
+    return reason if error.__cause__ is None else f"{reason} ({_explain_local(error.__cause__)})"
 
 
 def _status(error: HfHubHTTPError) -> int:

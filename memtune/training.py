@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -24,6 +25,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from .data import Collator, as_items
 from .errors import ConfigError
 from .metrics import Accuracy
+from .trunk_cache import DTYPES, CacheType, to_pass
+from .trunk_data import cached_dataset, check_cacheable
 from .tuned import TunedModel
 
 logger = logging.getLogger(__name__)
@@ -43,10 +46,13 @@ _CHOICES = {
     "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup"),
     "mixed_precision": ("no", "bf16", "fp16"),
     "on_error": ("raise", "skip"),
+    "trunk_cache_dtype": tuple(DTYPES),
 }
 _WHOLE = {"per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"}
 _SHARES = {"warmup_ratio", "label_smoothing_factor", "momentum"}
 _NOT_NEGATIVE = {"learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "dataloader_num_workers"}
+_NOT_NEGATIVE |= {"trunk_cache_max_gb"}
+_OPTIONAL = {"trunk_cache", "trunk_cache_max_gb"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +79,10 @@ class TrainingConfig:
         dataloader_num_workers: Processes that read images; 0 for none beside this one.
         seed: Of the order of the images and of everything random in training.
         disable_tqdm: No progress bar.
+        trunk_cache: A folder for what the trunk makes of each image, in masked mode: computed once, then read, by any
+            method, task and run with the same images and backbone (docs/trunk_cache.md). None to compute it each time.
+        trunk_cache_dtype: "float32", "float16", "bfloat16" or "int8": what keys and values are kept as.
+        trunk_cache_max_gb: Most gigabytes (1e9 bytes) that the folder may hold; None for all that the disk has left.
 
     Raises:
         ConfigError: A setting is wrong.
@@ -97,6 +107,9 @@ class TrainingConfig:
     dataloader_num_workers: int = 0
     seed: int = 42
     disable_tqdm: bool = False
+    trunk_cache: str | Path | None = None
+    trunk_cache_dtype: CacheType = "bfloat16"
+    trunk_cache_max_gb: float | None = None
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -112,7 +125,7 @@ class TrainingConfig:
 
 def _problem(name: str, value: Any) -> str | None:
     """What was expected of a setting, if its value is wrong."""
-    if value is None and name in RECIPES["masked"]:
+    if value is None and (name in RECIPES["masked"] or name in _OPTIONAL):
         return None
     if name in _CHOICES:
         return None if value in _CHOICES[name] else f"one of {_CHOICES[name]}"
@@ -122,6 +135,8 @@ def _problem(name: str, value: Any) -> str | None:
         return None if number >= 1 and number.is_integer() else "a whole number, 1 or more"
     if name in _SHARES:
         return None if 0 <= number < 1 else "a number from 0 to below 1"
+    if name == "trunk_cache":
+        return None if isinstance(value, (str, Path)) and str(value) else "the path of a folder"
     if name in _NOT_NEGATIVE:
         return None if number >= 0 else "a number, 0 or more"
     if name == "max_steps":
@@ -136,7 +151,7 @@ class TrainingResult:
     Attributes:
         history: For each epoch `epoch`, `loss`, `learning_rate`, `seconds`, and what evaluation gave as `eval_...`.
         steps: Steps of the optimizer.
-        seconds: The whole run.
+        seconds: The whole run, the filling of a trunk cache included.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -167,11 +182,15 @@ def fit(
         InputError: A data set, an image or a label is wrong.
     """
     config = (config or TrainingConfig()).for_mode(model.task.masked)
-    set_seed(config.seed)
-    eval_loader = None if eval_dataset is None else _loader(model, eval_dataset, config, training=False)
-    loss = compute_loss_func or partial(_cross_entropy, label_smoothing=config.label_smoothing_factor or 0.0)
-    run = _Run(model, _loader(model, train_dataset, config, training=True), eval_loader, config, loss)
+    if config.trunk_cache is not None:
+        check_cacheable(model)
     start = time.perf_counter()
+    set_seed(config.seed)
+    accelerator = _accelerator(config)
+    eval_loader = None if eval_dataset is None else _loader(model, eval_dataset, config, accelerator, training=False)
+    loss = compute_loss_func or partial(_cross_entropy, label_smoothing=config.label_smoothing_factor or 0.0)
+    loader = _loader(model, train_dataset, config, accelerator, training=True)
+    run = _Run(accelerator, model, loader, eval_loader, config, loss)
     try:
         while run.result.steps < run.steps:
             model.train()
@@ -188,6 +207,7 @@ class _Run:
 
     def __init__(
         self,
+        accelerator: Accelerator,
         model: TunedModel,
         loader: DataLoader,
         eval_loader: DataLoader | None,
@@ -196,7 +216,7 @@ class _Run:
     ) -> None:
         self.config = config
         self.compute_loss = compute_loss
-        self.accelerator = _accelerator(config)
+        self.accelerator = accelerator
         self.task = model.task
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, _optimizer(model, config), loader)
         self.eval_loader = None if eval_loader is None else self.accelerator.prepare(eval_loader)
@@ -267,7 +287,7 @@ def evaluate(
     """
     config = config or TrainingConfig(disable_tqdm=True)
     accelerator = _accelerator(config)
-    prepared, loader = accelerator.prepare(model, _loader(model, dataset, config, training=False))
+    prepared, loader = accelerator.prepare(model, _loader(model, dataset, config, accelerator, training=False))
     training = model.training
     try:
         return _evaluate(accelerator, prepared, loader, config, classes)
@@ -286,14 +306,19 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
     )
 
 
-def _loader(model: TunedModel, dataset: Any, config: TrainingConfig, *, training: bool) -> DataLoader:
+def _loader(
+    model: TunedModel, dataset: Any, config: TrainingConfig, accelerator: Accelerator, *, training: bool
+) -> DataLoader:
     items = as_items(dataset, model.processor, config.image_size, config.on_error)
+    collator: Any = Collator(len(model.task.labels))
+    if config.trunk_cache is not None:
+        items, collator = cached_dataset(model, items, config, accelerator)
     return DataLoader(
         items,
         batch_size=config.per_device_train_batch_size if training else config.per_device_eval_batch_size,
         shuffle=training,
         generator=torch.Generator().manual_seed(config.seed) if training else None,
-        collate_fn=Collator(len(model.task.labels)),
+        collate_fn=collator,
         num_workers=config.dataloader_num_workers,
     )
 
@@ -316,8 +341,11 @@ def _total_steps(batches: int, config: TrainingConfig) -> int:
     return config.max_steps if config.max_steps > 0 else math.ceil(an_epoch * config.num_train_epochs)
 
 
-def _forward(model: nn.Module, batch: dict[str, Tensor], config: TrainingConfig) -> ImageClassifierOutput:
-    outputs = model(pixel_values=batch["pixel_values"], interpolate_pos_encoding=config.image_size is not None)
+def _forward(model: nn.Module, batch: dict[str, Any], config: TrainingConfig) -> ImageClassifierOutput:
+    if "trunk" in batch:
+        outputs = model(trunk=to_pass(batch["trunk"]))
+    else:
+        outputs = model(pixel_values=batch["pixel_values"], interpolate_pos_encoding=config.image_size is not None)
     outputs.logits = outputs.logits.float()
     return outputs
 

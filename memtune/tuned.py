@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from .adapter import AdapterConfig
+from .attention import Pass
 from .backbones import Backbone
 from .checks import check_images, check_label_names, check_labels
-from .errors import ConfigError, MemtuneError
+from .errors import ConfigError, MemtuneError, UnsupportedBackboneError
 from .freezing import Hold
 from .lanes import Earlier, Seen
 from .merge import merge
@@ -136,6 +137,7 @@ class TunedModel(nn.Module, Sharing):
         labels: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
+        trunk: Pass | None = None,
     ) -> ImageClassifierOutput | tuple[Tensor, ...]:
         """Classify images by the task's labels.
 
@@ -145,6 +147,7 @@ class TunedModel(nn.Module, Sharing):
                 training with what the methods add to it.
             interpolate_pos_encoding: Accept images of another size than the backbone's.
             return_dict: False for a plain tuple.
+            trunk: What `trunk_pass` gave for the images, in their place (masked mode only).
 
         Returns:
             `logits` (batch, classes), and `loss` if labels were given. Within `disable_adapter()`: the backbone's own
@@ -152,15 +155,27 @@ class TunedModel(nn.Module, Sharing):
 
         Raises:
             InputError: The images or labels have the wrong shape, type, size, or range.
+            ConfigError: `trunk` was given to an unmasked model, or within `disable_adapter()`.
         """
+        if trunk is not None:
+            if not self._enabled:
+                raise ConfigError("trunk: without its adapter the model reads images; pass pixel_values")
+            return self._classify(self.features_of(trunk), labels, return_dict)
         pixel_values = check_images(pixel_values, self._described, interpolate=interpolate_pos_encoding)
         if not self._enabled:
             options = {} if self._described.family.any_size else {"interpolate_pos_encoding": interpolate_pos_encoding}
             images_alone = self.backbone.main_input_name == "pixel_values"
             return (self.backbone if images_alone else self._described.tower)(pixel_values=pixel_values, **options)
+        features = self.features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        return self._classify(features, labels, return_dict)
+
+    def _classify(
+        self, features: Tensor, labels: Tensor | None, return_dict: bool | None
+    ) -> ImageClassifierOutput | tuple[Tensor, ...]:
+        """The output for features (batch, width)."""
         if labels is not None:
-            check_labels(labels, pixel_values.shape[0], len(self.task.labels))
-        logits = self.task.logits(self.features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
+            check_labels(labels, features.shape[0], len(self.task.labels))
+        logits = self.task.logits(features)
         loss = None if labels is None else cross_entropy(logits, labels.long())
         if loss is not None and self.training and (penalty := self.task.penalty()) is not None:
             loss = loss + penalty
@@ -169,14 +184,34 @@ class TunedModel(nn.Module, Sharing):
 
     def features(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> Tensor:
         """What the head reads of images (batch, channels, height, width): (batch, width)."""
-        stream, trunk = self._stream, self._trunk
-        if isinstance(stream, AdaptedStream):
-            return stream.features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        assert trunk is not None
-        current, _ = trunk.run(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        if isinstance(self._stream, AdaptedStream):
+            return self._stream.features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        return self.features_of(self.trunk_pass(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
+
+    def trunk_pass(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> Pass:
+        """What the task stream reads of images (batch, channels, height, width): the same whatever is trained.
+
+        Raises:
+            ConfigError: The model is unmasked.
+            InputError: The images have the wrong shape, type or size.
+        """
+        if self._trunk is None:
+            raise ConfigError("got an unmasked model, which has no trunk; wrap with masked=True")
+        pixel_values = check_images(pixel_values, self._described, interpolate=interpolate_pos_encoding)
+        current, _ = self._trunk.run(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         if self._earlier is not None:
             current = self._earlier.extend(Seen(pixel_values, current, interpolate_pos_encoding))
-        return stream.features(current, self.task.token()).squeeze(1)
+        return current
+
+    def features_of(self, trunk: Pass) -> Tensor:
+        """What the head reads, (batch, width), of images whose `trunk_pass` is there already.
+
+        Raises:
+            ConfigError: The model is unmasked.
+        """
+        if isinstance(self._stream, AdaptedStream):
+            raise ConfigError("trunk: got an unmasked model, which has none; pass pixel_values")
+        return self._stream.features(trunk, self.task.token()).squeeze(1)
 
     def train(self, mode: bool = True) -> TunedModel:
         """Set the adapter's mode. The frozen backbone stays in evaluation mode: no dropout, no stochastic depth."""
@@ -193,7 +228,15 @@ class TunedModel(nn.Module, Sharing):
         Args:
             activation_checkpointing_kwargs: Arguments of `torch.utils.checkpoint.checkpoint`.
             options: Those of the method of this name of transformers' models, such as `every_n_layers`.
+
+        Raises:
+            UnsupportedBackboneError: The backbone's class does not support it.
         """
+        if not self.backbone.supports_gradient_checkpointing:
+            raise UnsupportedBackboneError(
+                f"{type(self.backbone).__name__} does not support activation checkpointing; train without it, with "
+                "smaller batches or in mixed precision"
+            )
         self._checkpointing = {"kwargs": activation_checkpointing_kwargs or {"use_reentrant": False}, **options}
         self._build()
 

@@ -13,6 +13,8 @@ from backbone_zoo import (
     BY_NAME,
     CASES,
     FAMILIES,
+    GLOBAL,
+    PLAIN,
     Case,
     assert_same,
     each,
@@ -21,11 +23,15 @@ from backbone_zoo import (
     snapshot,
 )
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_outputs import ImageClassifierOutput
 
 import memtune
 from memtune import MemoryConfig, MemtuneError
 from memtune.errors import ConfigError, InputError, UnsupportedBackboneError
+
+PVT = PLAIN[-1]
+"""A backbone without activation checkpointing."""
 
 both_modes = pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
 
@@ -112,6 +118,23 @@ def test_detach_gives_back_flags_and_modes(masked: bool) -> None:
     model.eval().train()
     model.detach()
     assert_same(backbone, before)
+
+
+def test_checkpointing_is_refused_before_anything_changes_where_the_backbone_has_none() -> None:
+    model = memtune.wrap(PVT.build(), memtune.LoraConfig(r=2), num_labels=3)
+    for enable in (model.activation_checkpointing_enable, model.gradient_checkpointing_enable):
+        with pytest.raises(UnsupportedBackboneError, match="does not support activation checkpointing"):
+            enable()
+    step(model, PVT.images())
+
+
+@each([case for case in FAMILIES if case in GLOBAL])
+def test_a_pass_can_be_counted(case: Case) -> None:
+    """torch's counter places hooks on what requires a gradient, so without gradients nothing may say that it does."""
+    model = memtune.wrap(case.build(), [MemoryConfig(2), memtune.LoraConfig(r=2)], num_labels=3, masked=True).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(case.images())
+    assert counter.get_total_flops() > 0
 
 
 @both_modes
