@@ -19,6 +19,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -152,7 +153,12 @@ def main() -> None:
     result = memtune.fit(model, train, evaluation, config)
     if not state.is_main_process:
         return
-    model.save_pretrained(args.output_dir, base_model_name=args.base_model_name)
+    card: dict[str, Any] = {
+        "base_model_name": args.base_model_name,
+        "results": {"accuracy": result.history[-1]["eval_accuracy"]},
+        "training": config.for_mode(args.masked),
+    }
+    model.save_pretrained(args.output_dir, **card)
     summary = {
         "eval_accuracy": result.history[-1]["eval_accuracy"],
         "eval_loss": result.history[-1]["eval_loss"],
@@ -168,7 +174,7 @@ def main() -> None:
     (Path(args.output_dir) / "all_results.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"accuracy {100 * summary['eval_accuracy']:.2f} %; the adapter is in {args.output_dir}")
     if args.push_to_hub:
-        model.push_to_hub(args.hub_model_id or Path(args.output_dir).name)
+        model.push_to_hub(args.hub_model_id or Path(args.output_dir).name, **card)
 
 
 if __name__ == "__main__":
