@@ -269,7 +269,7 @@ class _Run:
     def close(self) -> None:
         """Take off the model what Accelerate put on it."""
         self.bar.close()
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        _release(self.accelerator, self.model)
 
 
 def evaluate(
@@ -292,7 +292,7 @@ def evaluate(
     try:
         return _evaluate(accelerator, prepared, loader, config, classes)
     finally:
-        accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        _release(accelerator, prepared)
         if training:
             model.train()
 
@@ -304,6 +304,13 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
     return Accelerator(
         mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
     )
+
+
+def _release(accelerator: Accelerator, prepared: nn.Module) -> None:
+    """Take off a model what Accelerate put on it, with the mark that keeps the next accelerator from preparing it."""
+    model = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    for name in ("forward", "_is_accelerate_prepared"):
+        model.__dict__.pop(name, None)
 
 
 def _loader(

@@ -112,6 +112,18 @@ def test_mixed_precision_and_back():
     assert train(tuned()).history[-1]["loss"] < 2
 
 
+def test_mixed_precision_again():
+    """A second run on the same model, and an evaluation after it, compute in the precision that they were asked for."""
+    types = []
+    model = tuned()
+    model.backbone.vit.layers[0].attention.q_proj.register_forward_hook(lambda *given: types.append(given[2].dtype))
+    for _ in range(2):
+        train(model, mixed_precision="bf16", max_steps=1)
+    memtune.evaluate(model, items(), TrainingConfig(mixed_precision="bf16", disable_tqdm=True))
+    assert set(types) == {torch.bfloat16}
+    assert "forward" not in model.__dict__
+
+
 def test_evaluation_counts_each_image_once_and_leaves_the_mode():
     model, data = tuned(), items(11)
     model.train()

@@ -371,3 +371,14 @@ def test_several_processes_share_a_folder(together, tmp_path):
             torch.testing.assert_close(weights[key], tensor, rtol=1e-3, atol=1e-5)
     whole = {path.relative_to(cache): path.read_bytes() for path in entries(cache)}
     assert whole.keys() == {path.relative_to(tmp_path / "other") for path in entries(tmp_path / "other")}
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures(tmp_path):
+    script = Path(__file__).parents[1] / "examples" / "benchmarks" / "trunk_cache.py"
+    settings = ["--image_size", "32", "--images", "8", "--batch_size", "4", "--pairs", "1", "--num_train_epochs", "2"]
+    done = subprocess.run([sys.executable, str(script), *settings], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line for line in done.stdout.splitlines() if "epoch" in line]
+    assert len(rows) == 2
+    assert all(float(cell) > 0 for row in rows for cell in row.strip("| ").split("|")[1:])
