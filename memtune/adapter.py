@@ -131,9 +131,14 @@ class Adapter(nn.Module, ABC, Generic[ConfigT]):
         raise NotImplementedError(f"{cls.__name__} is not stackable")
 
     @staticmethod
-    def block_parts(adapters: Sequence[Adapter | None], depth: int) -> Iterator[tuple[int, list[Any]]]:
-        """For each block that one of the adapters changes: its index, and for each adapter its part there, or None."""
-        trees = [{} if adapter is None else dict(adapter.blocks.items()) for adapter in adapters]  # type: ignore[operator, union-attr]
+    def block_parts(adapters: Sequence[Any], depth: int) -> Iterator[tuple[int, list[Any]]]:
+        """For each block that one of the adapters changes: its index, and for each adapter its part there, or None.
+
+        Args:
+            adapters: Adapters that keep a block's parameters in `blocks`, a `ModuleDict` by index; or None.
+            depth: Number of the backbone's blocks.
+        """
+        trees = [{} if adapter is None else dict(adapter.blocks.items()) for adapter in adapters]
         for index in range(depth):
             parts = [tree.get(str(index)) for tree in trees]
             if any(part is not None for part in parts):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .backbones import Backbone, Block
 from .errors import UnsupportedBackboneError
+from .stacking import fit_rows
 from .views import shadow_config
 
 
@@ -80,6 +81,9 @@ class Pass:
         kept: States (batch, tokens, width) that entered blocks of the trunk, by index, where they were to be kept.
         states: The states that an adapted stream starts from at a later block, (rows, tokens, width).
         record: Where a task stream is to leave, for each block, the keys and values of its tokens and of their own.
+        selected: Positions (batch, k) of the tokens that gradients pass through; None for all.
+        seen: Gives the keys, values and mask that the queries of an adapted stream see, before those of its sources,
+            in place of the block's own; None for the block's own.
     """
 
     visited: list[int] = field(default_factory=list)
@@ -89,6 +93,12 @@ class Pass:
     kept: dict[int, Tensor] = field(default_factory=dict)
     states: Tensor | None = None
     record: list[list[KeysValues]] | None = None
+    selected: Tensor | None = None
+    seen: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]] | None = None
+
+    def seeing(self, seen: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]) -> Pass:
+        """The same pass with other keys and values for the queries of one block."""
+        return replace(self, seen=seen)
 
 
 class Site:
@@ -148,13 +158,21 @@ def adapted_attention(
     """Attention over the block's keys and values and those of its sources."""
     site: Site = module.memtune_site
     memtune_pass.visited.append(site.block.index)
+    if memtune_pass.seen is not None:
+        key, value, attention_mask = memtune_pass.seen(key, value, attention_mask)
     for further in site.further(memtune_pass):
         attention_mask = widen(attention_mask, further, like=key)
         key, value = (
-            torch.cat([own, per_row(more.squeeze(1), own.shape[0]).to(own.dtype)], dim=2)
+            torch.cat([own, _rows_of(own, more.squeeze(1)).to(own.dtype)], dim=2)
             for own, more in ((key, further.key), (value, further.value))
         )
     return site.kernel()(module, query, key, value, attention_mask, **kwargs)
+
+
+def _rows_of(own: Tensor, more: Tensor) -> Tensor:
+    """Further keys or values of one row, or of each image, for all rows that a block has."""
+    rows = own.shape[0]
+    return fit_rows(more, rows).expand(rows, -1, -1, -1)
 
 
 def trunk_attention(
@@ -257,11 +275,6 @@ def _further_scores(further: KeysValues, query: Tensor) -> Tensor:
     return scores.masked_fill(~further.present.unsqueeze(1), torch.finfo(scores.dtype).min)
 
 
-def per_row(part: Tensor, rows: int) -> Tensor:
-    """Repeat each row of a part for all that a pass has of it: the whole batch, or the windows of one image."""
-    return part.unsqueeze(1).expand(-1, rows // part.shape[0], *[-1] * (part.ndim - 1)).flatten(0, 1)
-
-
 def widen(mask: Tensor | None, further: KeysValues, like: Tensor) -> Tensor | None:
     """A mask (..., queries, keys) that lets every query see further keys too, where they are present.
 
@@ -275,7 +288,7 @@ def widen(mask: Tensor | None, further: KeysValues, like: Tensor) -> Tensor | No
         return None if mask is None else pad(mask, (0, number), value=mask.dtype == torch.bool)
     rows, _, keys, _ = like.shape
     mask = like.new_zeros(rows, 1, 1, keys) if mask is None else mask.expand(rows, -1, -1, -1)
-    seen = per_row(further.present, rows).unsqueeze(1)  # (rows, 1, 1, number)
+    seen = fit_rows(further.present, rows).unsqueeze(1)  # (1 or rows, 1, 1, number)
     if mask.dtype != torch.bool:
         seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, torch.finfo(mask.dtype).min)
     return torch.cat([mask, seen.expand(*mask.shape[:-1], -1)], dim=-1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,9 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PROCESSOR_NAME = "preprocessor_config.json"
 CARD_NAME = "README.md"
+
+UPGRADES: dict[int, Callable[[dict[str, Any], dict[str, Tensor]], None]] = {}
+"""For each earlier format version what makes the next one of it: it changes configuration and tensors in place."""
 
 _SHAPES = ("family", "depth", "widths", "heads", "patch_size", "channels")
 """What an adapter's shapes and meaning hang on; the image size may differ, as positions can be interpolated."""
@@ -130,12 +133,15 @@ def read_folder(folder: str | Path) -> AdapterFolder:
     missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not current(folder, name).is_file()]
     if missing:
         raise CheckpointError(f"{folder} is no adapter folder: {' and '.join(missing)} not found")
-    config = _read_json(current(folder, CONFIG_NAME))
-    configs = _read_methods(config, folder)
+    config, version = _read_json(current(folder, CONFIG_NAME))
     try:
         tensors = safetensors.torch.load_file(current(folder, WEIGHTS_NAME))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder / WEIGHTS_NAME} is damaged or cut short: {error}") from error
+    for earlier in range(version, FORMAT_VERSION):
+        UPGRADES[earlier](config, tensors)
+    _check_entries(config, current(folder, CONFIG_NAME))
+    configs = _read_methods(config, folder)
     processor = _read_processor(folder) if config["processor"] else None
     return AdapterFolder(
         folder,
@@ -149,8 +155,8 @@ def read_folder(folder: str | Path) -> AdapterFolder:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The configuration, with every entry of the right type."""
+def _read_json(path: Path) -> tuple[dict[str, Any], int]:
+    """The configuration, and its format version: one that this file can read."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -162,11 +168,17 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format version {version}, this memtune reads up to {FORMAT_VERSION}; update memtune to read it"
         )
+    if version < min(UPGRADES, default=FORMAT_VERSION):
+        raise CheckpointError(f"{path} has format version {version}, which no memtune wrote")
+    return config, version
+
+
+def _check_entries(config: Mapping[str, Any], path: Path) -> None:
+    """Raise `CheckpointError` unless every entry of the configuration has the right type."""
     expected = {"methods": list, "masked": bool, "labels": list, "extends": dict, "processor": bool, "backbone": dict}
     for name, kind in expected.items():
         if not isinstance(config.get(name), kind):
             raise CheckpointError(f"{path}: {name} is {config.get(name)!r}, expected a {kind.__name__}")
-    return config
 
 
 def _read_methods(config: Mapping[str, Any], folder: Path) -> list[AdapterConfig]:

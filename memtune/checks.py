@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,21 @@ def check_label_names(labels: Sequence[str] | None, num_labels: int | None) -> l
     if num_labels not in (None, len(names)):
         raise ConfigError(f"num_labels: got {num_labels}, but labels has {len(names)} names; give one of the two")
     return names
+
+
+def check_task_names(what: str, names: Any, known: Collection[str], *, once: bool = True) -> None:
+    """Raise unless `names` are names of tasks that a model has; each `once`, or else any number of times.
+
+    Raises:
+        InputError: It is no sequence of names, or names a task twice.
+        ConfigError: A task is unknown.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise InputError(f"{what}: got {names!r}, expected a sequence of the names of tasks")
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"{what}: got the unknown tasks {unknown}; this model has {list(known)}")
+    if once and len(set(names)) < len(names):
+        raise InputError(f"{what}: got {list(names)}, which names a task twice")
 
 
 def _describe(value: Any) -> str:

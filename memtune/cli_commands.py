@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-from .checkpoint import FORMAT_VERSION, AdapterFolder, read_folder
+from .checkpoint import FORMAT_VERSION, read_folder
 from .combine import combine as combine_tasks
 from .contact_sheet import draw_sheet
 from .errors import CheckpointError, ConfigError, InputError
@@ -97,14 +97,13 @@ def predict(options: Namespace) -> Result:
     if options.top_k < 1:
         raise ConfigError(f"--top_k: got {options.top_k}, expected 1 or more")
     model, processor = _load_model(options)
+    labels = model.tasks
     answers = []
     for images, paths in _batches(options.images, options.batch_size):
         pixel_values = processor(images=images, return_tensors="pt").pixel_values.to(model.backbone.device)
         output = model(pixel_values)
         for place, path in enumerate(paths):
-            tasks = {
-                name: _best(answer.logits[place], model.tasks[name], options.top_k) for name, answer in output.items()
-            }
+            tasks = {name: _best(answer.logits[place], labels[name], options.top_k) for name, answer in output.items()}
             answers.append({"image": path, "tasks": tasks})
     if options.sheet:
         draw_sheet(answers, Path(options.sheet))
@@ -121,14 +120,15 @@ def _load_model(options: Namespace) -> tuple[MultiTaskModel, Any]:
     if len(sources) < len(options.adapter):
         raise ConfigError(f"--adapter: got {[name for name, _ in options.adapter]}, which names a task twice")
     first = read_folder(find_folder(options.adapter[0][1]))
-    backbone = _load_backbone(options.backbone, first)
+    backbone = _load_backbone(options.backbone) or load_recorded_backbone(first)
     processor = first.processor or AutoImageProcessor.from_pretrained(backbone.name_or_path)
     return combine_tasks(backbone, sources), processor
 
 
-def _load_backbone(name: str | None, adapter: AdapterFolder) -> PreTrainedModel:
+def _load_backbone(name: str | None) -> PreTrainedModel | None:
+    """The backbone that the user named; None to take the one that an adapter recorded."""
     if name is None:
-        return load_recorded_backbone(adapter)
+        return None
     try:
         return AutoModelForImageClassification.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -156,15 +156,15 @@ def _best(logits: torch.Tensor, labels: list[str], number: int) -> list[tuple[st
 
 def evaluate(options: Namespace) -> Result:
     """Measure an adapter's accuracy on a folder with one folder of images for each class, named by its labels."""
-    adapter = read_folder(find_folder(options.adapter))
-    model = TunedModel.from_pretrained(options.adapter, _load_backbone(options.backbone, adapter))
+    model = TunedModel.from_pretrained(options.adapter, _load_backbone(options.backbone))
+    labels = model.task.labels
     data = datasets.load_dataset("imagefolder", data_dir=options.data, data_files="**", split="train")
     classes = data.features["label"].names
-    if unknown := [name for name in classes if name not in adapter.labels]:
+    if unknown := [name for name in classes if name not in labels]:
         raise InputError(f"{options.data} has the classes {unknown}, which are no labels of the adapter")
-    places = [adapter.labels.index(name) for name in classes]
+    places = [labels.index(name) for name in classes]
     data = data.cast_column("label", datasets.Value("int64")).map(
-        lambda labels: {"label": [places[label] for label in labels]}, input_columns="label", batched=True
+        lambda given: {"label": [places[label] for label in given]}, input_columns="label", batched=True
     )
     scores = evaluate_model(model, data, TrainingConfig(disable_tqdm=True, image_size=options.image_size))
     values = {"adapter": options.adapter, "images": len(data), **scores}
@@ -187,8 +187,7 @@ def combine(options: Namespace) -> Result:
 
 def push(options: Namespace) -> Result:
     """Share an adapter on the Hub in one commit. You must be logged in (`hf auth login`)."""
-    adapter = read_folder(options.adapter)
-    model = TunedModel.from_pretrained(options.adapter, _load_backbone(options.backbone, adapter))
+    model = TunedModel.from_pretrained(options.adapter, _load_backbone(options.backbone))
     info = model.push_to_hub(
         options.repo_id,
         private=options.private,

@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .continual_folder import RunFolder, adapters_of, start_task
+from .continual_folder import RunFolder, start_task
 from .continual_result import ContinualResult
 from .errors import ConfigError, InputError
 from .training import TrainingConfig, evaluate, fit
@@ -188,7 +188,7 @@ class ClassCrossEntropy:
 
 def _rehearse(model: TunedModel, tasks: int) -> None:
     """Let copies of the adapters begin all tasks, so that an error comes now and not after hours."""
-    for adapter in copy.deepcopy(adapters_of(model)):
+    for adapter in copy.deepcopy(list(model.task.adapters)):
         for number in range(tasks):
             adapter.start_task(number)
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from accelerate import PartialState
 
-from .adapter import Adapter
 from .atomic import current, replace_files
 from .backbones import Backbone
 from .checkpoint import check_backbone, read_folder
@@ -33,14 +32,9 @@ _WITHOUT_EFFECT = ("disable_tqdm", "dataloader_num_workers")
 """Settings that may differ when a run is resumed."""
 
 
-def adapters_of(model: TunedModel) -> list[Adapter]:
-    """The adapters of a model's methods."""
-    return [adapter for adapter in model.task.adapters if isinstance(adapter, Adapter)]
-
-
 def start_task(model: TunedModel, number: int) -> None:
     """Tell every adapter of a model that the task of this number begins."""
-    for adapter in adapters_of(model):
+    for adapter in model.task.adapters:
         adapter.start_task(number)
 
 

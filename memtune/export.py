@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from .backbones import Backbone
-from .checks import check_images
+from .checks import check_images, check_task_names
 from .errors import ConfigError, MemtuneError
-from .lanes import AdaptedLane, Seen, make_lanes
+from .lanes import AdaptedLane, Seen, arrange
 from .multitask import MultiTaskModel
-from .streams import Trunk
 from .task import Task
 from .tuned import TunedModel
 from .views import shadow_config
@@ -55,7 +54,7 @@ def export_program(
 
     Raises:
         ConfigError: A task is unknown, or has a name that an input or output has; or the image size is none.
-        InputError: The backbone takes no images of this size.
+        InputError: The backbone takes no images of this size, or `tasks` names one twice.
     """
     graph = _Graph(model, _chosen(model, tasks), image_size)
     shapes = {INPUT: {0: Dim("batch")} if dynamic_batch else None}
@@ -129,13 +128,8 @@ def _chosen(model: MultiTaskModel | TunedModel, names: Sequence[str] | None) -> 
     if not isinstance(model, MultiTaskModel):
         raise ConfigError(f"got {type(model).__name__}, expected a MultiTaskModel or a TunedModel")
     known = model._arrangement.tasks
-    if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):
-        raise ConfigError(f"tasks: got {names!r}, expected a sequence of the names of tasks")
-    asked = list(known) if names is None else list(names)
-    if unknown := [name for name in asked if name not in known]:
-        raise ConfigError(f"tasks: got the unknown tasks {unknown}; this model has {list(known)}")
-    if len(set(asked)) < len(asked):
-        raise ConfigError(f"tasks: got {asked}, which names a task twice")
+    asked = list(known) if names is None else names
+    check_task_names("tasks", asked, known)
     if taken := sorted({BASE, INPUT} & set(asked)):
         raise ConfigError(f"tasks: the graph itself has something called {taken[0]!r}; give the task another name")
     return {name: known[name] for name in asked}
@@ -157,12 +151,13 @@ class _Graph(nn.Module):
         backbone = Backbone(model.backbone)
         self._size = _check_size(image_size, backbone)
         self._interpolate = not backbone.family.any_size and self._size != backbone.image_size
-        lanes = make_lanes(backbone, tasks)
-        starts = {lane.first_block for lane in lanes if isinstance(lane, AdaptedLane)} - {0}
-        self._lanes, self._trunk = lanes, Trunk(backbone, keep_states=starts)
+        self._trunk, self._lanes = arrange(backbone, tasks)
         self._classes = {name: len(task.labels) for name, task in tasks.items()}
         if backbone.family.attention_function:
-            for view in (self._trunk.view, *(lane.stream.view for lane in lanes if isinstance(lane, AdaptedLane))):
+            for view in (
+                self._trunk.view,
+                *(lane.stream.view for lane in self._lanes if isinstance(lane, AdaptedLane)),
+            ):
                 _leave_out_masks(view)
         # Registered, so that the views' tensors are the program's parameters; without a text tower, which is not run.
         self.backbone = backbone.model if backbone.model.main_input_name == INPUT else backbone.tower

@@ -89,6 +89,21 @@ def _no_rotation(block: nn.Module, tower: Any, token: Tensor) -> dict[str, Any]:
     return {"position_embeddings": (empty, empty)}
 
 
+def _rotate_selected(tower: Any, positions: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+    """DINOv3: each image's own table, in which tokens that are no patches are not rotated."""
+    others = 1 + tower.config.num_register_tokens
+    tables = []
+    for table, neutral in zip(arguments["position_embeddings"], (1.0, 0.0), strict=True):  # cosines, sines
+        whole = torch.cat([table.new_full((others, table.shape[-1]), neutral), table])
+        tables.append(whole[positions].unsqueeze(1))  # (batch, 1, k, head width)
+    return arguments | {"position_embeddings": tuple(tables)}
+
+
+def _bias_of_all(tower: Any, positions: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+    """BEiT: a block stretches its bias to the number of its tokens, which are all of them in no selection."""
+    return arguments | {"interpolate_pos_encoding": False}
+
+
 def _no_mask(block: nn.Module, tower: nn.Module, token: Tensor) -> dict[str, Any]:
     return {"attention_mask": None}
 
@@ -153,6 +168,10 @@ class Family:
     prepare_stream: Callable[[Any], None] = lambda block: None
     tower_arguments: Callable[[Any, Tensor], dict[str, Any]] = lambda tower, pixel_values: {}
     stream_arguments: Callable[[nn.Module, nn.Module, Tensor], dict[str, Any]] = lambda block, tower, token: {}
+    selected_arguments: Callable[[nn.Module, Tensor, dict[str, Any]], dict[str, Any]] = (
+        lambda tower, positions, arguments: arguments
+    )
+    """A block's keyword arguments for the tokens at `positions` (batch, k) alone, made of those for all tokens."""
 
 
 TOWERS: dict[str, Family] = {
@@ -162,7 +181,13 @@ TOWERS: dict[str, Family] = {
     "ViTMAEModel": Family("vit_mae", "layers.*", prepare_view=_mae_view, tower_arguments=_keep_all_patches),
     "IJepaModel": Family("ijepa", "layers.*", class_token=None, feature=_mean_feature),
     "BeitModel": Family(
-        "beit", "layers.*", final_norm=_beit_norm, feature=_beit_feature, any_size=True, prepare_stream=_beit_stream
+        "beit",
+        "layers.*",
+        final_norm=_beit_norm,
+        feature=_beit_feature,
+        any_size=True,
+        prepare_stream=_beit_stream,
+        selected_arguments=_bias_of_all,
     ),
     "Dinov2Model": Family("dinov2", "encoder.layer.*", _DINO, any_size=True),
     "Dinov2WithRegistersModel": Family("dinov2_with_registers", "encoder.layer.*", _DINO, any_size=True),
@@ -174,6 +199,7 @@ TOWERS: dict[str, Family] = {
         final_norm=lambda tower: tower.norm,
         any_size=True,
         stream_arguments=_no_rotation,
+        selected_arguments=_rotate_selected,
     ),
     "CLIPVisionModel": Family(
         "clip",

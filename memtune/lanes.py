@@ -23,7 +23,7 @@ from .attention import KeysValues, Pass, TrunkBlock, extended
 from .backbones import Backbone
 from .registry import find_method
 from .stacking import Selection, Stack, per_task
-from .streams import AdaptedStream, TaskStream
+from .streams import AdaptedStream, TaskStream, Trunk
 from .task import Task
 
 eager = torch.compiler.disable(recursive=False)
@@ -70,12 +70,13 @@ class Lane(ABC):
 
     Args:
         tasks: The tasks, by name.
+        selection: That of the stream.
     """
 
-    def __init__(self, tasks: Mapping[str, Task]) -> None:
+    def __init__(self, tasks: Mapping[str, Task], selection: Selection) -> None:
         self.names = list(tasks)
         self.numbers = {name: number for number, name in enumerate(tasks)}
-        self.selection = Selection()
+        self.selection = selection
         parts = list(tasks.values())
         self._classes = [len(task.labels) for task in parts]
         heads = Stack(parts, self.selection)
@@ -138,9 +139,8 @@ class MaskedLane(Lane):
     """
 
     def __init__(self, backbone: Backbone, tasks: Mapping[str, Task]) -> None:
-        super().__init__(tasks)
         self.stream = TaskStream(backbone)
-        self.stream.selection = self.selection
+        super().__init__(tasks, self.stream.selection)
         parts = list(tasks.values())
         attach(parts, self.stream)
         self._tokens = Stack(parts, self.selection).rows(lambda task: task.token()[0, 0])  # (tasks, width)
@@ -194,10 +194,9 @@ class AdaptedLane(Lane):
     """
 
     def __init__(self, backbone: Backbone, tasks: Mapping[str, Task], first_block: int) -> None:
-        super().__init__(tasks)
-        self.first_block = first_block
         self.stream = AdaptedStream(backbone, first_block=first_block)
-        self.stream.selection = self.selection
+        super().__init__(tasks, self.stream.selection)
+        self.first_block = first_block
         parts = list(tasks.values())
         attach(parts, self.stream)
         self._tokens: Tensor | None = None
@@ -241,12 +240,12 @@ def attach(tasks: Sequence[Task], stream: AdaptedStream | TaskStream) -> None:
     """Make a stream use the adapters of one task, or of several."""
     if len(tasks) == 1 and not is_stackable(tasks[0]):
         for adapter in tasks[0].adapters:
-            adapter.attach(stream)  # type: ignore[operator]
+            adapter.attach(stream)
         return
     for kind in dict.fromkeys(type(adapter) for task in tasks for adapter in task.adapters):
         own = [[adapter for adapter in task.adapters if type(adapter) is kind] for task in tasks]
         for number in range(max(len(adapters) for adapters in own)):  # a task may have several of one method
-            kind.attach_stack([_get(adapters, number) for adapters in own], stream)  # type: ignore[operator]
+            kind.attach_stack([_get(adapters, number) for adapters in own], stream)
 
 
 def _get(adapters: Sequence[Any], number: int) -> Any:
@@ -261,7 +260,7 @@ def is_stackable(task: Task) -> bool:
 def first_changed_block(task: Task, backbone: Backbone) -> int:
     """The first block whose states an unmasked task changes; the backbone's depth if it changes none."""
     family = backbone.family
-    changed = [block for adapter in task.adapters for block in adapter.changed_blocks(backbone)]  # type: ignore[operator]
+    changed = [block for adapter in task.adapters for block in adapter.changed_blocks(backbone)]
     if task.class_token is not None or family.windowed or not family.attention_function:
         return 0
     return min(changed, default=backbone.depth)
@@ -277,7 +276,14 @@ def make_lanes(backbone: Backbone, tasks: Mapping[str, Task]) -> list[Lane]:
     return [_make_lane(backbone, group, first) for (first, _), group in groups.items()]
 
 
+def arrange(backbone: Backbone, tasks: Mapping[str, Task]) -> tuple[Trunk, list[Lane]]:
+    """The lanes for tasks, and the trunk that they read: it keeps the states that adapted streams start from."""
+    lanes = make_lanes(backbone, tasks)
+    starts = {lane.first_block for lane in lanes if isinstance(lane, AdaptedLane)} - {0}
+    return Trunk(backbone, keep_states=starts), lanes
+
+
 def _make_lane(backbone: Backbone, tasks: Mapping[str, Task], first_block: int | None) -> Lane:
     if first_block is None:
         return MaskedLane(backbone, tasks)
-    return HeadLane(tasks) if first_block == backbone.depth else AdaptedLane(backbone, tasks, first_block)
+    return HeadLane(tasks, Selection()) if first_block == backbone.depth else AdaptedLane(backbone, tasks, first_block)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedModel
 
-from .adapter import Adapter
 from .backbones import Backbone
 from .errors import ConfigError
 from .views import shadow
@@ -43,7 +42,6 @@ def merge(model: TunedModel) -> PreTrainedModel:
     merged = copy.deepcopy(model.backbone if classifier is None else classifier).eval()
     backbone = Backbone(merged)
     for adapter in model.task.adapters:
-        assert isinstance(adapter, Adapter)
         adapter.merge_into(backbone)  # before requires_grad_, which quantised weights would refuse
     merged.requires_grad_(True)
     if model.task.class_token is not None and backbone.class_token is not None:

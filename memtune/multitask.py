@@ -19,12 +19,12 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from .backbones import Backbone
 from .card import public_name
 from .checkpoint import read_folder
-from .checks import check_images
+from .checks import check_images, check_task_names
 from .collection import read_index, write_collection
 from .errors import CheckpointError, ConfigError, InputError, MemtuneError
 from .freezing import Hold
 from .hub import find_collection, load_recorded_backbone, make_repository, push_folder
-from .lanes import AdaptedLane, Lane, Seen, eager, make_lanes
+from .lanes import Lane, Seen, arrange, eager
 from .plan import Plan, make_plan
 from .sources import SourceReader, TaskSource
 from .streams import Trunk
@@ -68,9 +68,7 @@ class _Arrangement:
 
     @classmethod
     def of(cls, backbone: Backbone, tasks: Mapping[str, Task]) -> _Arrangement:
-        lanes = make_lanes(backbone, tasks)
-        starts = {lane.first_block for lane in lanes if isinstance(lane, AdaptedLane)} - {0}
-        return cls(Trunk(backbone, keep_states=starts), lanes, dict(tasks))
+        return cls(*arrange(backbone, tasks), dict(tasks))
 
 
 class MultiTaskModel(nn.Module):
@@ -139,15 +137,11 @@ class MultiTaskModel(nn.Module):
             ConfigError: There is no such task.
         """
         with _CHANGES:
-            self._known([name])
-            tasks = {other: task for other, task in self._arrangement.tasks.items() if other != name}
+            before = self._arrangement.tasks
+            check_task_names("tasks", [name], before)
+            tasks = {other: task for other, task in before.items() if other != name}
             self._arrange(Backbone(self.backbone), tasks)
             self._processors.pop(name, None)
-
-    def _known(self, names: Sequence[str]) -> None:
-        tasks = self._arrangement.tasks
-        if unknown := [name for name in names if name not in tasks]:
-            raise ConfigError(f"got the unknown tasks {unknown}; this model has {list(tasks)}")
 
     def forward(
         self,
@@ -310,12 +304,7 @@ def _check_names(
         raise InputError("got both tasks and rows; give tasks for all images, or rows with one task for each image")
     if names is None:
         return list(known)
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise InputError(f"{what}: got {names!r}, expected a sequence of the names of tasks")
-    if unknown := [name for name in names if name not in known]:
-        raise ConfigError(f"{what}: got the unknown tasks {unknown}; this model has {list(known)}")
+    check_task_names(what, names, known, once=rows is None)
     if rows is not None and len(names) != batch:
         raise InputError(f"rows: got {len(names)} names for {batch} images, expected one for each image")
-    if rows is None and len(set(names)) < len(names):
-        raise InputError(f"tasks: got {list(names)}, which names a task twice")
     return names

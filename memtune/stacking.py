@@ -110,6 +110,9 @@ def per_task(states: Tensor, weights: Tensor) -> Tensor:
 
 
 def fit_rows(spread: Tensor, rows: int) -> Tensor:
-    """Repeat what each image has for all rows that a pass has of it (the windows of a windowed backbone)."""
+    """Repeat what each image has for all rows that a pass has of it (the windows of a windowed backbone).
+
+    What is there once for all images stays so, as it broadcasts.
+    """
     images = spread.shape[0]
     return spread if images in (1, rows) else spread.repeat_interleave(rows // images, dim=0)

@@ -7,7 +7,7 @@ through the untouched blocks (the trunk), and the task token after them through 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -122,7 +122,6 @@ class Trunk:
             hook = partial(_keep, index)
             self.view.blocks[index].module.register_forward_pre_hook(hook, with_kwargs=True)
 
-    @torch.no_grad()
     def run(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> tuple[Pass, Any]:
         """Run the trunk over images (batch, channels, height, width).
 
@@ -130,13 +129,8 @@ class Trunk:
             The pass, with what task streams read of each block and the backbone's feature as its query; and the
             tower's own output: bit for bit that of the untouched backbone.
         """
-        current = Pass()
-        options: dict[str, Any] = {"interpolate_pos_encoding": interpolate_pos_encoding, "memtune_pass": current}
-        output = self.view.run_tower(pixel_values, **options)
-        check_visited(self.view, current)
-        return current, output
+        return self._run(self.view.run_tower, pixel_values, interpolate_pos_encoding)
 
-    @torch.no_grad()
     def answer(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> tuple[Pass, Any]:
         """The same, with the whole model's output in place of its tower's.
 
@@ -144,11 +138,13 @@ class Trunk:
             The pass, empty where the backbone does not use transformers' AttentionInterface; and the model's output (of
             a model that also takes text the output of its vision tower), bit for bit that of the untouched backbone.
         """
+        return self._run(self.view.run_model, pixel_values, interpolate_pos_encoding)
+
+    @torch.no_grad()
+    def _run(self, forward: Callable[..., Any], pixel_values: Tensor, interpolate: bool) -> tuple[Pass, Any]:
         current = Pass()
-        options: dict[str, Any] = {"interpolate_pos_encoding": interpolate_pos_encoding}
-        if self._records:
-            options["memtune_pass"] = current
-        output = self.view.run_model(pixel_values, **options)
+        options: dict[str, Any] = {"memtune_pass": current} if self._records else {}
+        output = forward(pixel_values, interpolate_pos_encoding=interpolate, **options)
         if self._records:
             check_visited(self.view, current)
         return current, output

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,12 @@ HEAD_STD = 0.02
 
 class Task(nn.Module):
     """The parameters of one task.
+
+    Attributes:
+        adapters: One adapter for each method.
+        labels: Names of the classes.
+        masked: Whether the task runs in a task stream.
+        extends: Earlier tasks, by name, that the task reads.
 
     Args:
         configs: One configuration for each method.
@@ -49,7 +55,8 @@ class Task(nn.Module):
         self.extends = dict(extends or {})  # no submodules: they are other tasks' to train, save and count
         self.labels = list(labels)
         self.masked = masked
-        self.adapters = nn.ModuleList(create_adapter(config.for_mode(masked), backbone) for config in configs)
+        adapters = nn.ModuleList(create_adapter(config.for_mode(masked), backbone) for config in configs)
+        self.adapters = cast("Sequence[Adapter]", adapters)
         self.class_token = self._create_class_token(configs, backbone)
         self.head = nn.Linear(backbone.width, len(self.labels))
         nn.init.normal_(self.head.weight, std=HEAD_STD)
@@ -69,22 +76,19 @@ class Task(nn.Module):
     @property
     def configs(self) -> list[AdapterConfig]:
         """The settings of each method."""
-        return [adapter.config for adapter in self._adapters()]
+        return [adapter.config for adapter in self.adapters]
 
     @property
     def methods(self) -> list[str]:
         """The names of the methods."""
         return [config.method for config in self.configs]
 
-    def _adapters(self) -> list[Adapter]:
-        return [adapter for adapter in self.adapters if isinstance(adapter, Adapter)]
-
     def _keys(self) -> list[str]:
         return [key for adapter in self.adapters for key in adapter.state_dict()]
 
     def attach(self, stream: AdaptedStream | TaskStream) -> None:
         """Make a stream use this task's adapters."""
-        for adapter in self._adapters():
+        for adapter in self.adapters:
             adapter.attach(stream)
         if self.class_token is not None and not stream.masked:
             stream.view.set_class_token(self.token)
@@ -119,7 +123,7 @@ class Task(nn.Module):
 
     def penalty(self) -> Tensor | None:
         """What the methods add to the loss in training, a single number, or None."""
-        penalties = [adapter.penalty() for adapter in self._adapters()]
+        penalties = [adapter.penalty() for adapter in self.adapters]
         given = [penalty for penalty in penalties if penalty is not None]
         return torch.stack(given).sum() if given else None
 

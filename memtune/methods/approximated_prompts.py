@@ -103,11 +103,16 @@ class BlockPrompts(nn.Module):
     def forward(self, states: Tensor, attended: Tensor) -> Tensor:
         """O' (batch, tokens, width) for X, `states`, and O, `attended`, of the same shape."""
         scores = self.dropout(self.activation(states @ self.keys().to(states.dtype).T))  # (batch, tokens, n)
-        weight = scores.detach().amax(dim=-1, keepdim=True)
-        term = weight * (scores @ self.prompts.to(scores.dtype))
-        if self.prompt_gate is not None:
-            term = self.prompt_gate.to(term.dtype) * term
-        return self.prompt_scale.exp().to(attended.dtype) * (attended + term.to(attended.dtype))
+        mixed = scores @ self.prompts.to(scores.dtype)
+        return _add_term(attended, scores, mixed, self.prompt_gate, self.prompt_scale.exp())
+
+
+def _add_term(attended: Tensor, scores: Tensor, mixed: Tensor, gate: Tensor | None, scale: Tensor) -> Tensor:
+    """O' of O, `attended`, from the scores of the prompts (..., n) and the prompts they mix (..., width)."""
+    term = scores.detach().amax(dim=-1, keepdim=True) * mixed
+    if gate is not None:
+        term = gate.to(term.dtype) * term
+    return scale.to(attended.dtype) * (attended + term.to(attended.dtype))
 
 
 class PromptStack:
@@ -134,10 +139,9 @@ class PromptStack:
         if self._present is not None:
             scores = scores.masked_fill(~self._spread(self._present, states), torch.finfo(scores.dtype).min)
         scores = scores.softmax(dim=-1) if self._softmax else scores.relu()
-        term = scores.amax(dim=-1, keepdim=True) * per_task(scores, self._spread(self._prompts, states))
-        if self._gate is not None:
-            term = self._spread(self._gate, states).to(term.dtype) * term
-        return self._spread(self._scale, states).to(attended.dtype) * (attended + term.to(attended.dtype))
+        mixed = per_task(scores, self._spread(self._prompts, states))
+        gate = None if self._gate is None else self._spread(self._gate, states)
+        return _add_term(attended, scores, mixed, gate, self._spread(self._scale, states))
 
     def _spread(self, rows: Tensor, states: Tensor) -> Tensor:
         return fit_rows(self._stack.chosen(rows), states.shape[0])

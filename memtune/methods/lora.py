@@ -158,6 +158,9 @@ def _check_roles(roles: Any) -> tuple[str, ...]:
     return tuple(role for role in LINEAR_ROLES if role in given)
 
 
+_SEEN = ("key", "value")
+"""Roles whose updates a task stream has between its queries and the trunk, in place of a layer."""
+
 Matrices = Callable[[], tuple[Tensor, Tensor]]
 """Gives A^T and s B^T of each task, (1 or rows, 1 or tasks, d_in, r) and (1 or rows, 1 or tasks, r, d_out)."""
 
@@ -202,6 +205,11 @@ class LowRank(nn.Module):
     def down_up(self) -> tuple[Tensor, Tensor]:
         """A^T (d_in, r) and s B^T (r, d_out)."""
         return self.lora_A.T, self.lora_B.T * self.scaling
+
+    def of_one_task(self) -> tuple[Tensor, Tensor]:
+        """The same where all rows and tokens are one task's, (1, 1, ..., ...) each."""
+        down, up = self.down_up()
+        return down[None, None], up[None, None]
 
     def row_scale(self, base: Any) -> Tensor | None:
         """DoRA's factor of each row, (d_out): its trained length over that of W + s B A; None without DoRA."""
@@ -257,14 +265,11 @@ class SeenUpdates:
 
     def _reduce(self, states: Tensor, down: Tensor) -> Tensor:
         """A applied to keys or values, all heads side by side: (rows, tasks, tokens, r)."""
-        states = states.transpose(1, 2).flatten(2).to(down.dtype)
+        states = states.transpose(1, 2).flatten(2)
+        if not torch.is_autocast_enabled(states.device.type):  # which has a type of its own for the product
+            states = states.to(down.dtype)
         states = states if self._dropout is None else self._dropout(states)
         return torch.einsum("nzd,ntdr->ntzr", states, down)
-
-
-def _single(update: LowRank | None) -> Matrices | None:
-    """The matrices of one task, as they are at each pass."""
-    return None if update is None else lambda: tuple(each[None, None] for each in update.down_up())  # type: ignore[return-value]
 
 
 class UpdateStack:
@@ -348,10 +353,11 @@ class LoraAdapter(Adapter[LoraConfig]):
     def attach(self, stream: AdaptedStream | TaskStream) -> None:
         """Put the updates around the view's linear layers; masked, those of keys and values between task and trunk."""
         for index, updates in self._updates():
-            if stream.masked and {"key", "value"} & updates.keys():
-                key, value = updates.pop("key", None), updates.pop("value", None)
-                dropout = (key or value).lora_dropout  # type: ignore[union-attr]
-                stream.sites[index].readers.append(SeenUpdates(_single(key), _single(value), dropout))
+            seen = {role: updates.pop(role) for role in _SEEN if stream.masked and role in updates}
+            if seen:
+                key, value = (seen[role].of_one_task if role in seen else None for role in _SEEN)
+                dropout = next(iter(seen.values())).lora_dropout
+                stream.sites[index].readers.append(SeenUpdates(key, value, dropout))
             block = stream.view.blocks[index]
             for role, update in updates.items():
                 block.replace(role, update.on(block[role]))
@@ -362,7 +368,7 @@ class LoraAdapter(Adapter[LoraConfig]):
         for index, parts in cls.block_parts(adapters, stream.view.depth):
             stacks = {role: Stack(own, stream.selection) for role, own in _by_role(parts).items()}
             if stream.masked:
-                key, value = (UpdateStack(stacks.pop(role)) if role in stacks else None for role in ("key", "value"))
+                key, value = (UpdateStack(stacks.pop(role)) if role in stacks else None for role in _SEEN)
                 stream.sites[index].readers.append(SeenUpdates(key, value))
             block = stream.view.blocks[index]
             for role, stack in stacks.items():
