@@ -63,3 +63,26 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def publish_folder(staging: Path, place: Path) -> None:
+    """Give a finished folder its name, once all of it is on the disk; a folder that has the name already goes.
+
+    Args:
+        staging: The folder, on the same disk as `place`.
+        place: Its name from now on.
+    """
+    for path in staging.rglob("*"):
+        _sync(path)
+    if place.exists():
+        remove_folder(place)
+    staging.rename(place)
+    _sync(place.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, which loses its name before it loses its first file."""
+    doomed = folder.with_name(f".{folder.name}-removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)

@@ -81,6 +81,9 @@ class Pass:
         kept: States (batch, tokens, width) that entered blocks of the trunk, by index, where they were to be kept.
         states: The states that an adapted stream starts from at a later block, (rows, tokens, width).
         record: Where a task stream is to leave, for each block, the keys and values of its tokens and of their own.
+        weights: Where a stream is to leave, for each block, the attention weights of its task tokens, or of the first
+            token of an adapted stream, (rows, heads, tokens, number) each: on the keys that the backbone has, on those
+            of a task token itself, and on those of each source.
         selected: Positions (batch, k) of the tokens that gradients pass through; None for all.
         seen: Gives the keys, values and mask that the queries of an adapted stream see, before those of its sources,
             in place of the block's own; None for the block's own.
@@ -93,6 +96,7 @@ class Pass:
     kept: dict[int, Tensor] = field(default_factory=dict)
     states: Tensor | None = None
     record: list[list[KeysValues]] | None = None
+    weights: list[list[Tensor]] | None = None
     selected: Tensor | None = None
     seen: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]] | None = None
 
@@ -160,13 +164,27 @@ def adapted_attention(
     memtune_pass.visited.append(site.block.index)
     if memtune_pass.seen is not None:
         key, value, attention_mask = memtune_pass.seen(key, value, attention_mask)
+    widths = [key.shape[2]]
     for further in site.further(memtune_pass):
+        widths.append(further.key.shape[-2])
         attention_mask = widen(attention_mask, further, like=key)
         key, value = (
             torch.cat([own, _rows_of(own, more.squeeze(1)).to(own.dtype)], dim=2)
             for own, more in ((key, further.key), (value, further.value))
         )
+    if memtune_pass.weights is not None:
+        first = _first_weights(query, key, attention_mask, kwargs.get("scaling"))
+        memtune_pass.weights.append(list(first.split(widths, dim=-1)))
     return site.kernel()(module, query, key, value, attention_mask, **kwargs)
+
+
+def _first_weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """The attention weights of the first token, (rows, heads, 1, keys), which most kernels do not give."""
+    scores = (query[:, :, :1] @ key.mT).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if mask is not None:
+        mask = mask[..., :1, :]
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(dim=-1)
 
 
 def _rows_of(own: Tensor, more: Tensor) -> Tensor:
@@ -225,6 +243,8 @@ def stream_attention(
     widths = [part.shape[-1] for part in parts]
     weights = torch.cat([part.float() for part in parts], dim=-1).softmax(dim=-1).to(query.dtype)
     on_trunk, *on_own = weights.split(widths, dim=-1)
+    if memtune_pass.weights is not None:
+        memtune_pass.weights.append([on_trunk, *on_own])
     context = on_trunk @ trunk.value.to(query.dtype)
     for reader in site.readers:
         more = reader.context(on_trunk, trunk.value)

@@ -125,7 +125,7 @@ class Backbone:
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels of the images that the backbone was trained on."""
-        return _pair(self.config.image_size)
+        return _pair(self.family.image_size(self.config))
 
     @property
     def channels(self) -> int:
@@ -137,6 +137,11 @@ class Backbone:
         """The class token before its position is added, or None."""
         path = self.family.class_token
         return None if path is None else self.tower.get_parameter(path)
+
+    @property
+    def reads_class_token(self) -> bool:
+        """Whether its feature is that of the class token alone."""
+        return self.class_token is not None and self.family.reads_class_token(self.tower)
 
     def describe(self) -> dict[str, Any]:
         """What must be equal for an adapter's shapes to fit, and for its numbers to mean the same."""

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .errors import ConfigError
 
-_TASK = "image-classification"
+_TASKS = {True: "image-classification", False: "image-feature-extraction"}
+"""The task of an adapter that has labels, and of one that gives features."""
 _LABELS_SHOWN = 20
 _TRAINING = (
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -45,14 +46,11 @@ It puts {parameters:,} trained values on a frozen {family} backbone{backbone}, w
 {usage}
 ```
 
-## Classes
-
-{classes}: {labels}
+{answers}
 {results}{training}
 ## Limits
 
-- It answers with one of these classes whatever the image shows.
-- It works on the backbone that it was trained on and on no other; memtune compares the weights before it loads.
+{closed}- It works on the backbone that it was trained on and on no other; memtune compares the weights before it loads.
 {extends}- {measured}
 """
 
@@ -62,8 +60,13 @@ _USAGE = """\
 {model}
 {pixel_values}
 with torch.no_grad():
-    logits = {logits}
-print({labels}[logits.argmax().item()])"""
+    {answer}
+print({shown})"""
+
+_FEATURES = """\
+## Features
+
+It has no head and no classes: it gives the features of an image, for a head of your own."""
 
 _PROCESSED = """\
 image = Image.open("image.jpg").convert("RGB")
@@ -129,8 +132,8 @@ def write_card(config: Mapping[str, Any], tensors: Mapping[str, Tensor], details
         family=backbone["family"],
         backbone=f", [{base_model}](https://huggingface.co/{base_model})" if base_model else "",
         usage=_usage(config, details),
-        classes=len(labels),
-        labels=_list_labels(labels),
+        answers=f"## Classes\n\n{len(labels)}: {_list_labels(labels)}" if labels else _FEATURES,
+        closed="- It answers with one of these classes whatever the image shows.\n" if labels else "",
         results=_table(
             "Results", ("metric", "value"), {name: f"{value:.4g}" for name, value in details.results.items()}
         ),
@@ -144,11 +147,12 @@ def write_card(config: Mapping[str, Any], tensors: Mapping[str, Tensor], details
 
 
 def _metadata(config: Mapping[str, Any], details: CardDetails, base_model: str | None, title: str) -> ModelCardData:
+    task = _TASKS[bool(config["labels"])]
     scores = {name: value for name, value in details.results.items() if name != "loss"}
     dataset = details.datasets[0] if details.datasets else "unknown"
     results = [
         EvalResult(
-            task_type=_TASK, dataset_type=dataset, dataset_name=dataset, metric_type=name, metric_value=float(value)
+            task_type=task, dataset_type=dataset, dataset_name=dataset, metric_type=name, metric_value=float(value)
         )
         for name, value in scores.items()
     ]
@@ -161,7 +165,7 @@ def _metadata(config: Mapping[str, Any], details: CardDetails, base_model: str |
         library_name="memtune",
         metrics=list(scores) or None,
         model_name=title if results else None,
-        pipeline_tag=_TASK,
+        pipeline_tag=task,
         tags=["memtune", *(method["method"] for method in config["methods"]), *mode],
     )
 
@@ -194,12 +198,15 @@ def _usage(config: Mapping[str, Any], details: CardDetails) -> str:
         imports.append(f"from transformers import {', '.join(sorted(from_transformers))}")
     size = ", ".join(str(number) for number in (1, config["backbone"]["channels"], *config["backbone"]["image_size"]))
     random = f"pixel_values = torch.rand({size})  # an image as the backbone's processor gives it"
+    answer, shown = f"logits = {logits}", f"{labels}[logits.argmax().item()]"
+    if not config["labels"]:
+        answer, shown = "features = model(pixel_values).pooler_output", "features.shape"
     return _USAGE.format(
         imports="\n".join(imports),
         model=model,
         pixel_values=_PROCESSED.format(processor=processor) if config["processor"] else random,
-        logits=logits,
-        labels=labels,
+        answer=answer,
+        shown=shown,
     )
 
 

@@ -1,6 +1,7 @@
 """The adapter folder: written at once, read with every doubt named.
 
-    adapter_config.json         format version, methods and settings, mode, labels, the backbone and its fingerprint
+    adapter_config.json         format version, methods and settings, mode, labels (an adapter without a head has none),
+                                the backbone and its fingerprint
     adapter_model.safetensors   the tensors, under role keys such as `blocks.3.memory`
     preprocessor_config.json    the image processor, if there is one
     README.md                   the card
@@ -52,7 +53,7 @@ class AdapterFolder:
         path: The folder.
         configs: The settings of each method.
         masked: Whether the adapter was trained in the task stream.
-        labels: Names of the classes, in the order of the logits.
+        labels: Names of the classes, in the order of the logits; none if the adapter has no head.
         extends: Digests of the earlier tasks that the adapter reads, by the names they had.
         backbone: The backbone's description, `name_or_path`, `model_class` and `fingerprint` among it.
         tensors: The trained tensors under their role keys.

@@ -14,10 +14,13 @@ from typing import Any
 
 from . import cli_commands as commands
 from .errors import MemtuneError
+from .finetuning import add_arguments as add_finetuning
 
 _HELP = """Small trained adapters for one frozen Hugging Face vision model and many tasks.
 
 examples:
+  memtune finetune --model_name_or_path google/vit-base-patch16-224-in21k --train_dir pets/train --method memory lora \
+      --masked --output_dir pets-lora
   memtune inspect pets-lora
   memtune predict photos/*.jpg --adapter pets=pets-lora --adapter signs=me/vit-signs-memory --sheet sheet.png
   memtune evaluate pets-lora --data pets/test
@@ -25,7 +28,7 @@ examples:
   memtune push pets-lora me/vit-pets-lora
   memtune zoo google/vit-base-patch16-224-in21k
 
-An adapter is a folder, or the id of a repository on the Hub. Fine-tuning: examples/finetune.py in the repository."""
+An adapter is a folder, or the id of a repository on the Hub."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,30 +43,31 @@ def build_parser() -> argparse.ArgumentParser:
         )
         added.set_defaults(function=function)
         added.add_argument("--json", action="store_true", help="print the result as JSON")
-        return added.add_argument
+        return added
 
     def backbone(add: Any) -> None:
         add("--backbone", help="the frozen model: a folder or a name on the Hub; by default the one that is recorded")
 
-    add = command(commands.inspect, "show what an adapter is, or what is wrong with its folder")
+    add_finetuning(command(commands.finetune, "train an adapter on a folder of images or a data set of the Hub"))
+    add = command(commands.inspect, "show what an adapter is, or what is wrong with its folder").add_argument
     add("adapter", help="the adapter")
-    add = command(commands.predict, "classify images by one or more adapters, in one pass")
+    add = command(commands.predict, "classify images by one or more adapters, in one pass").add_argument
     add("images", nargs="+", help="image files")
     _adapters(add)
     backbone(add)
     add("--top_k", type=int, default=1, help="answers for each image and task (%(default)s)")
     add("--batch_size", type=int, default=16, help="images a pass (%(default)s)")
     add("--sheet", help="also draw a contact sheet with the answers into this PNG")
-    add = command(commands.evaluate, "measure an adapter's accuracy on a folder of images")
+    add = command(commands.evaluate, "measure an adapter's accuracy on a folder of images").add_argument
     add("adapter", help="the adapter")
     add("--data", required=True, help="a folder with one folder of images for each class, named by the labels")
     backbone(add)
     add("--image_size", type=int, help="height and width in pixels, in place of the processor's")
-    add = command(commands.combine, "put adapters into one folder that answers every task from one pass")
+    add = command(commands.combine, "put adapters into one folder that answers every task from one pass").add_argument
     add("output", help="the folder to write")
     _adapters(add)
     backbone(add)
-    add = command(commands.push, "share an adapter on the Hugging Face Hub")
+    add = command(commands.push, "share an adapter on the Hugging Face Hub").add_argument
     add("adapter", help="the adapter's folder")
     add("repo_id", help="user/name on the Hub")
     backbone(add)
@@ -71,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--revision", help="the branch to commit to")
     add("--commit_message", help="first line of the commit's message")
     add("--create_pr", action="store_true", help="open a pull request")
-    add = command(commands.zoo, "list the adapters on the Hub for a backbone")
+    add = command(commands.zoo, "list the adapters on the Hub for a backbone").add_argument
     add("backbone", help="the backbone's name on the Hub")
     return parser
 
@@ -92,10 +96,12 @@ def _named(value: str) -> tuple[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
     options = build_parser().parse_args(arguments)
+    options.command = ["memtune", *(sys.argv[1:] if arguments is None else arguments)]
     try:
         result = options.function(options)
     except MemtuneError as error:
         print(f"memtune: {error}", file=sys.stderr)  # noqa: T201
         return 1
-    print(json.dumps(result.values, indent=2) if options.json else result.text)  # noqa: T201
+    if result.text:
+        print(json.dumps(result.values, indent=2) if options.json else result.text)  # noqa: T201
     return result.exit_code

@@ -14,14 +14,15 @@ from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
+from . import finetuning
 from .checkpoint import FORMAT_VERSION, read_folder
 from .combine import combine as combine_tasks
 from .contact_sheet import draw_sheet
 from .errors import CheckpointError, ConfigError, InputError
+from .evaluation import evaluate as evaluate_model
 from .hub import find_folder, list_adapters, load_recorded_backbone
 from .multitask import MultiTaskModel
-from .training import TrainingConfig
-from .training import evaluate as evaluate_model
+from .training_config import TrainingConfig
 from .tuned import TunedModel
 
 
@@ -31,13 +32,23 @@ class Result:
 
     Attributes:
         values: As JSON values.
-        text: For people.
+        text: For people; nothing in a process that is one of several, but not the main one.
         exit_code: That of the process.
     """
 
     values: Any
     text: str
     exit_code: int = 0
+
+
+def finetune(options: Namespace) -> Result:
+    """Train an adapter on a folder of images, with one folder for each class, or on a data set of the Hub.
+
+    The adapter, its card, its learning curves and all_results.json go to --output_dir, with checkpoints to go on from.
+    Several GPUs: accelerate launch -m memtune finetune ...
+    """
+    summary = finetuning.run(options, options.command)
+    return Result(None, "") if summary is None else Result(summary, finetuning.describe(summary, options.output_dir))
 
 
 def inspect(options: Namespace) -> Result:
@@ -79,7 +90,7 @@ def _describe(values: dict[str, Any]) -> str:
         "adapter": f"{values['adapter']} (format {values['format_version']}, {values['bytes']:,} bytes)",
         "methods": " + ".join(methods) or "head alone",
         "mode": values["mode"] + (f", extends {', '.join(values['extends'])}" if values["extends"] else ""),
-        "labels": f"{len(labels)}: {', '.join(labels[:8])}{more}",
+        "labels": f"{len(labels)}: {', '.join(labels[:8])}{more}" if labels else "none: it gives features",
         "trained values": f"{values['trained_values']:,}",
         "backbone": f"{backbone['name_or_path'] or 'no name'} ({backbone['family']}, {backbone['depth']} blocks)",
         "processor": "saved with it" if values["processor"] else "none",

@@ -27,6 +27,4 @@ def combine(backbone: PreTrainedModel, tasks: Mapping[str, TaskSource], *, any_w
     """
     if not isinstance(tasks, Mapping) or not tasks:
         raise ConfigError(f"tasks: got {tasks!r}, expected adapters by the names of their tasks, at least one")
-    model = MultiTaskModel(backbone)
-    model.add_tasks(tasks, any_weights=any_weights)
-    return model
+    return MultiTaskModel(backbone)._filled(tasks, any_weights)

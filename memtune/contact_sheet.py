@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from PIL import Image
+
+from .drawing import new_figure
 
 
 def draw_sheet(answers: Sequence[Mapping[str, Any]], path: Path, columns: int = 4) -> None:
@@ -19,16 +21,10 @@ def draw_sheet(answers: Sequence[Mapping[str, Any]], path: Path, columns: int = 
         columns: Images side by side.
 
     Raises:
-        ConfigError: matplotlib is not installed.
+        MemtuneError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("a contact sheet needs matplotlib: pip install matplotlib") from error
-    from PIL import Image
-
     rows = math.ceil(len(answers) / columns)
-    figure = Figure(figsize=(2.6 * columns, (2.6 + 0.25 * len(answers[0]["tasks"])) * rows), layout="constrained")
+    figure = new_figure(figsize=(2.6 * columns, (2.6 + 0.25 * len(answers[0]["tasks"])) * rows))
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid:
         axes.axis("off")

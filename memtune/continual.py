@@ -29,7 +29,9 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from .continual_folder import RunFolder, start_task
 from .continual_result import ContinualResult
 from .errors import ConfigError, InputError
-from .training import TrainingConfig, evaluate, fit
+from .evaluation import evaluate
+from .training import fit
+from .training_config import TrainingConfig
 from .tuned import TunedModel
 
 logger = logging.getLogger(__name__)

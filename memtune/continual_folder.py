@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,15 @@ from .atomic import current, replace_files
 from .backbones import Backbone
 from .checkpoint import check_backbone, read_folder
 from .continual_result import ContinualResult
-from .errors import CheckpointError, ConfigError
-from .training import TrainingConfig
+from .errors import CheckpointError
+from .run_settings import check_same_run, describe_run
+from .training_config import TrainingConfig
 from .tuned import TunedModel
 
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "continual.json"
 FORMAT_VERSION = 1
-_WITHOUT_EFFECT = ("disable_tqdm", "dataloader_num_workers")
-"""Settings that may differ when a run is resumed."""
 
 
 def start_task(model: TunedModel, number: int) -> None:
@@ -53,22 +51,16 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, model: TunedModel, tasks: Sequence[Any], config: TrainingConfig, loss: str) -> None:
-        if any(parameter.requires_grad for parameter in model.backbone.parameters()):
-            raise ConfigError(
-                "output_dir: the backbone is being trained, but a folder holds the adapter alone; pass None"
-            )
         self._path = path
         self._config = config
-        training = {name: value for name, value in asdict(config).items() if name not in _WITHOUT_EFFECT}
-        self._settings: dict[str, Any] = training | {
-            "loss": loss,
-            "methods": [each.to_dict() for each in model.task.configs],
-            "masked": model.task.masked,
-            "labels": model.task.labels,
-            "classes": [list(task.classes) for task in tasks],
-            "train_images": [len(task.train_dataset) for task in tasks],
-            "eval_images": [len(task.eval_dataset) for task in tasks],
-        }
+        self._settings = describe_run(
+            model,
+            config,
+            loss=loss,
+            classes=[list(task.classes) for task in tasks],
+            train_images=[len(task.train_dataset) for task in tasks],
+            eval_images=[len(task.eval_dataset) for task in tasks],
+        )
 
     def save(self, model: TunedModel, result: ContinualResult) -> None:
         """Replace adapter and state at once; the main process alone writes."""
@@ -85,17 +77,7 @@ class RunFolder:
         if not current(self._path, STATE_NAME).is_file():
             return None
         values = read_state(self._path)
-        saved, own = values["settings"], json.loads(json.dumps(self._settings))
-        differences = [
-            f"{name}: got {own.get(name)!r}, the folder has {saved.get(name)!r}"
-            for name in sorted(own.keys() | saved.keys())
-            if own.get(name) != saved.get(name)
-        ]
-        if differences:
-            raise ConfigError(
-                f"output_dir: {self._path} holds a run with other settings; take another folder, or those settings and "
-                "a newly wrapped model:\n  " + "\n  ".join(differences)
-            )
+        check_same_run(values["settings"], self._settings, self._path)
         adapter = read_folder(self._path)
         check_backbone(adapter, Backbone(model.backbone))
         result = ContinualResult.from_dict(values["result"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from .drawing import new_figure
 from .errors import MemtuneError
 
 
@@ -135,13 +136,7 @@ class ContinualResult:
             MemtuneError: No task has been trained, or matplotlib is not installed.
         """
         rows = self._rows()
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MemtuneError(
-                "plot needs matplotlib, which is not installed; `pip install matplotlib`, or 'memtune[examples]'"
-            ) from error
-        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        figure = new_figure(figsize=(10, 4.2))
         left, right = figure.subplots(1, 2)
         _draw_matrix(left, rows)
         tasks = range(1, len(rows) + 1)

@@ -124,6 +124,7 @@ def _chosen(model: MultiTaskModel | TunedModel, names: Sequence[str] | None) -> 
     if isinstance(model, TunedModel):
         if names is not None:
             raise ConfigError(f"tasks: got {names!r}, but a tuned model has one task only; leave it out")
+        model.task.require_head("export")
         return {LOGITS: model.task}
     if not isinstance(model, MultiTaskModel):
         raise ConfigError(f"got {type(model).__name__}, expected a MultiTaskModel or a TunedModel")

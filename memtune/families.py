@@ -62,10 +62,19 @@ def _swin_feature(tower: Any, output: Any) -> Tensor:
     return output.pooler_output if tower.pooler is not None else output.last_hidden_state.mean(dim=1)
 
 
+def _map_feature(tower: nn.Module, output: Any) -> Tensor:
+    """The mean of a map (batch, width, height, width) or of tokens (batch, tokens, width)."""
+    states = output.last_hidden_state
+    return states.mean(dim=(2, 3)) if states.ndim == 4 else states.mean(dim=1)
+
+
+def _beit_pools(tower: Any) -> bool:
+    return tower.config.use_mean_pooling and tower.pooler is not None
+
+
 def _beit_feature(tower: Any, output: Any) -> Tensor:
     """BEiT pools as its own classifier does: the normed mean of the patches, or the class token."""
-    pooled = tower.config.use_mean_pooling and tower.pooler is not None
-    return output.pooler_output if pooled else output.last_hidden_state[:, 0]
+    return output.pooler_output if _beit_pools(tower) else output.last_hidden_state[:, 0]
 
 
 def _beit_norm(tower: Any) -> nn.Module:
@@ -152,6 +161,8 @@ class Family:
     """A norm between the embeddings and the first block."""
     final_norm: Callable[[Any], nn.Module] = lambda tower: tower.layernorm
     feature: Callable[[nn.Module, Any], Tensor] = _class_feature
+    reads_class_token: Callable[[Any], bool] = lambda tower: True
+    """Where there is a class token: whether the feature is that token's."""
     any_size: bool = False
     """The tower takes images of any size without being asked."""
     windowed: bool = False
@@ -162,6 +173,7 @@ class Family:
     patches: str = "embeddings"
     """Where the convolution that makes the patches is."""
     patch_size: Callable[[Any], Any] = lambda config: config.patch_size
+    image_size: Callable[[Any], Any] = lambda config: config.image_size
     head_width: str = "head_dim"
     """Where the attention module keeps the width of a head."""
     prepare_view: Callable[[Any], None] = lambda tower: None
@@ -185,6 +197,7 @@ TOWERS: dict[str, Family] = {
         "layers.*",
         final_norm=_beit_norm,
         feature=_beit_feature,
+        reads_class_token=lambda tower: not _beit_pools(tower),
         any_size=True,
         prepare_stream=_beit_stream,
         selected_arguments=_bias_of_all,
@@ -258,6 +271,18 @@ PLAIN_TOWERS: dict[str, Family] = {
         patches="encoder.patch_embeddings.0",
         patch_size=lambda config: config.patch_sizes[0],
         head_width="self.attention_head_size",
+    ),
+    "SegformerModel": Family(  # it calls an attention function, but with keys and values of a reduced map
+        "segformer",
+        "stages.*.blocks.*",
+        class_token=None,
+        final_norm=lambda tower: tower.stages[-1].layer_norm,
+        feature=_map_feature,
+        any_size=True,
+        attention_function=False,
+        patches="stages.0.patch_embeddings",
+        patch_size=lambda config: config.patch_sizes[0],
+        image_size=lambda config: 512,  # its configuration names none: the size of its segmentation checkpoints
     ),
 }
 """Towers whose attention modules compute attention themselves: for methods that need no attention function."""

@@ -80,8 +80,8 @@ class Lane(ABC):
         parts = list(tasks.values())
         self._classes = [len(task.labels) for task in parts]
         heads = Stack(parts, self.selection)
-        self._weights = heads.rows(lambda task: task.head.weight.T)  # (tasks, width, classes)
-        self._biases = heads.rows(lambda task: task.head.bias)
+        self._weights = heads.rows(lambda task: task.require_head("tasks").weight.T)  # (tasks, width, classes)
+        self._biases = heads.rows(lambda task: task.require_head("tasks").bias)
 
     @abstractmethod
     def features(self, seen: Seen) -> Tensor:
@@ -276,11 +276,19 @@ def make_lanes(backbone: Backbone, tasks: Mapping[str, Task]) -> list[Lane]:
     return [_make_lane(backbone, group, first) for (first, _), group in groups.items()]
 
 
-def arrange(backbone: Backbone, tasks: Mapping[str, Task]) -> tuple[Trunk, list[Lane]]:
-    """The lanes for tasks, and the trunk that they read: it keeps the states that adapted streams start from."""
+def arrange(backbone: Backbone, tasks: Mapping[str, Task], before: Trunk | None = None) -> tuple[Trunk, list[Lane]]:
+    """The lanes for tasks, and the trunk that they read: it keeps the states that adapted streams start from.
+
+    Args:
+        backbone: The backbone.
+        tasks: The tasks, by name.
+        before: A trunk of the backbone that there is already; it is taken if it will do, so that what `torch.compile`
+            made of it is not made again.
+    """
     lanes = make_lanes(backbone, tasks)
     starts = {lane.first_block for lane in lanes if isinstance(lane, AdaptedLane)} - {0}
-    return Trunk(backbone, keep_states=starts), lanes
+    trunk = before if before is not None and before.keep_states == starts else Trunk(backbone, keep_states=starts)
+    return trunk, lanes
 
 
 def _make_lane(backbone: Backbone, tasks: Mapping[str, Task], first_block: int | None) -> Lane:

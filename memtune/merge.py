@@ -29,7 +29,8 @@ def merge(model: TunedModel) -> PreTrainedModel:
 
     Returns:
         The image classification class of the backbone with the task's head and labels. Where transformers has none
-        whose head reads what the task's reads, a copy of the backbone without the head, and a warning says so.
+        whose head reads what the task's reads, a copy of the backbone without the head, and a warning says so. Of an
+        adapter without a head a copy of the backbone.
 
     Raises:
         ConfigError: The mode or a method is not one that can be merged.
@@ -38,7 +39,7 @@ def merge(model: TunedModel) -> PreTrainedModel:
         raise ConfigError(
             "a masked adapter cannot be merged: the backbone's own tokens must not see it. Wrap with masked=False"
         )
-    classifier = as_classifier(model.backbone)
+    classifier = None if model.task.head is None else as_classifier(model.backbone)
     merged = copy.deepcopy(model.backbone if classifier is None else classifier).eval()
     backbone = Backbone(merged)
     for adapter in model.task.adapters:
@@ -47,7 +48,8 @@ def merge(model: TunedModel) -> PreTrainedModel:
     if model.task.class_token is not None and backbone.class_token is not None:
         backbone.class_token.data.copy_(model.task.class_token)
     if classifier is None:
-        warnings.warn(no_head_message(model.backbone), stacklevel=2)
+        if model.task.head is not None:
+            warnings.warn(no_head_message(model.backbone), stacklevel=2)
         return merged
     _set_labels(merged, model.task.labels)
     weight, bias = pad_head(model, head_width(classifier))
@@ -73,8 +75,9 @@ def _set_labels(model: Any, labels: list[str]) -> None:
 
 def pad_head(model: TunedModel, width: int) -> tuple[Tensor, Tensor]:
     """Weight and bias of a task's head for features (batch, width) of which the task reads the first ones."""
-    weight = model.task.head.weight.detach()
-    return nn.functional.pad(weight, (0, width - weight.shape[1])), model.task.head.bias.detach()
+    head = model.task.require_head("merge")
+    weight = head.weight.detach()
+    return nn.functional.pad(weight, (0, width - weight.shape[1])), head.bias.detach()
 
 
 @torch.no_grad()

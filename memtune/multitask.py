@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
@@ -21,6 +21,7 @@ from .card import public_name
 from .checkpoint import read_folder
 from .checks import check_images, check_task_names
 from .collection import read_index, write_collection
+from .conventions import VisionModel
 from .errors import CheckpointError, ConfigError, InputError, MemtuneError
 from .freezing import Hold
 from .hub import find_collection, load_recorded_backbone, make_repository, push_folder
@@ -67,11 +68,11 @@ class _Arrangement:
     tasks: dict[str, Task]
 
     @classmethod
-    def of(cls, backbone: Backbone, tasks: Mapping[str, Task]) -> _Arrangement:
-        return cls(*arrange(backbone, tasks), dict(tasks))
+    def of(cls, backbone: Backbone, tasks: Mapping[str, Task], before: _Arrangement | None = None) -> _Arrangement:
+        return cls(*arrange(backbone, tasks, None if before is None else before.trunk), dict(tasks))
 
 
-class MultiTaskModel(nn.Module):
+class MultiTaskModel(VisionModel):
     """A frozen backbone with several tasks, for inference: one pass over an image answers all of them.
 
     Made by `combine`. Calls may come from several threads, also while tasks are added and removed.
@@ -79,8 +80,6 @@ class MultiTaskModel(nn.Module):
     Attributes:
         backbone: The backbone; its own forward is never changed.
     """
-
-    main_input_name = "pixel_values"
 
     def __init__(self, backbone: PreTrainedModel) -> None:
         super().__init__()
@@ -97,12 +96,17 @@ class MultiTaskModel(nn.Module):
         """The labels of each task, by its name."""
         return {name: list(task.labels) for name, task in self._arrangement.tasks.items()}
 
+    @property
+    def processors(self) -> dict[str, Any]:
+        """The image processor of each task, or None, by its name."""
+        return dict(self._processors)
+
     def masked_tasks(self) -> dict[str, Task]:
         """Copies of the tasks of masked mode, by name."""
         return {name: copy.deepcopy(task) for name, task in self._arrangement.tasks.items() if task.masked}
 
-    def _arrange(self, backbone: Backbone, tasks: Mapping[str, Task]) -> None:
-        self._arrangement = _Arrangement.of(backbone, tasks)
+    def _arrange(self, backbone: Backbone, tasks: Mapping[str, Task], before: _Arrangement | None = None) -> None:
+        self._arrangement = _Arrangement.of(backbone, tasks, before)
 
     def add_tasks(self, tasks: Mapping[str, TaskSource], *, any_weights: bool = False) -> None:
         """Add tasks (see `combine`), those that extend others after them; if one cannot be added, none is."""
@@ -120,11 +124,21 @@ class MultiTaskModel(nn.Module):
                     )
                 try:
                     task, processors[name] = reader.read(source, before | added)
+                    task.require_head("combine")
                 except MemtuneError as error:
                     raise type(error)(f"task {name!r}: {error}") from error
                 added[name] = task.requires_grad_(False).eval().to(self.backbone.device)
-            self._arrange(backbone, before | added)
+            self._arrange(backbone, before | added, self._arrangement)
             self._processors |= processors
+
+    def _filled(self, tasks: Mapping[str, TaskSource], any_weights: bool) -> MultiTaskModel:
+        """This new model with its tasks; if one cannot be added, the backbone is given back as it was."""
+        try:
+            self.add_tasks(tasks, any_weights=any_weights)
+        except BaseException:
+            self._hold.release(self.backbone)
+            raise
+        return self
 
     def add_task(self, name: str, source: TaskSource, *, any_weights: bool = False) -> None:
         """Add one task (see `combine`)."""
@@ -140,7 +154,7 @@ class MultiTaskModel(nn.Module):
             before = self._arrangement.tasks
             check_task_names("tasks", [name], before)
             tasks = {other: task for other, task in before.items() if other != name}
-            self._arrange(Backbone(self.backbone), tasks)
+            self._arrange(Backbone(self.backbone), tasks, self._arrangement)
             self._processors.pop(name, None)
 
     def forward(
@@ -262,9 +276,7 @@ class MultiTaskModel(nn.Module):
                 raise CheckpointError(f"{source} has no tasks that would name their backbone; pass backbone=...")
             kept = {name: access[name] for name in ("token", "cache_dir", "local_files_only") if name in access}
             backbone = load_recorded_backbone(read_folder(next(iter(folders.values()))), **kept)
-        model = cls(backbone)
-        model.add_tasks(folders, any_weights=any_weights)
-        return model
+        return cls(backbone)._filled(folders, any_weights)
 
     def _apply(self, *arguments: Any, **options: Any) -> MultiTaskModel:
         super()._apply(*arguments, **options)

@@ -58,7 +58,7 @@ def export_peft(model: TunedModel, folder: str | Path) -> None:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"got {folder}, which is a file; an adapter is exported as a folder")
-    classifier = as_classifier(model.backbone)
+    classifier = None if model.task.head is None else as_classifier(model.backbone)
     plain = model.backbone if classifier is None else classifier
     names = {id(module): name for name, module in plain.named_modules()}
     blocks = Backbone(plain).blocks
@@ -69,9 +69,9 @@ def export_peft(model: TunedModel, folder: str | Path) -> None:
         path = names[id(blocks[int(index)][role])]
         targets.add(path)
         exported[f"{_PREFIX}{path}.{_ENDINGS[part]}"] = tensor
-    if classifier is None:
+    if classifier is None and model.task.head is not None:
         warnings.warn(no_head_message(model.backbone), stacklevel=2)
-    else:
+    elif classifier is not None:
         weight, bias = pad_head(model, head_width(classifier))
         exported |= {f"{_PREFIX}{HEAD_NAME}.weight": weight, f"{_PREFIX}{HEAD_NAME}.bias": bias}
     settings = config.to_peft(

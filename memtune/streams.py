@@ -107,6 +107,9 @@ def _recall(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
 class Trunk:
     """The pass of the image tokens through the untouched backbone, its keys and values kept for task streams.
 
+    Attributes:
+        keep_states: The blocks whose states it keeps.
+
     Args:
         backbone: The backbone.
         keep_states: Blocks of which to keep the states that enter them, for adapted streams that start there.
@@ -114,11 +117,12 @@ class Trunk:
 
     def __init__(self, backbone: Backbone, keep_states: Collection[int] = ()) -> None:
         self.view = backbone.view()
+        self.keep_states = frozenset(keep_states)
         self._records = backbone.family.attention_function
         if self._records:
             install(self.view, "memtune_trunk")
             self.view.tower.register_forward_hook(self._keep_query, with_kwargs=True)
-        for index in keep_states:
+        for index in self.keep_states:
             hook = partial(_keep, index)
             self.view.blocks[index].module.register_forward_pre_hook(hook, with_kwargs=True)
 

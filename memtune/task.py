@@ -26,13 +26,14 @@ class Task(nn.Module):
 
     Attributes:
         adapters: One adapter for each method.
-        labels: Names of the classes.
+        labels: Names of the classes; none if the task has no head.
+        head: What makes logits of features, or None.
         masked: Whether the task runs in a task stream.
         extends: Earlier tasks, by name, that the task reads.
 
     Args:
         configs: One configuration for each method.
-        labels: Names of the classes, in the order of the logits.
+        labels: Names of the classes, in the order of the logits; none for a task without a head.
         backbone: The backbone to adapt.
         masked: Whether the task runs in a task stream.
         extends: Earlier tasks, by name, whose tokens and memory the task reads in its stream.
@@ -58,9 +59,7 @@ class Task(nn.Module):
         adapters = nn.ModuleList(create_adapter(config.for_mode(masked), backbone) for config in configs)
         self.adapters = cast("Sequence[Adapter]", adapters)
         self.class_token = self._create_class_token(configs, backbone)
-        self.head = nn.Linear(backbone.width, len(self.labels))
-        nn.init.normal_(self.head.weight, std=HEAD_STD)
-        nn.init.zeros_(self.head.bias)
+        self.head = _create_head(backbone.width, len(self.labels)) if self.labels else None
         twice = [key for key, count in Counter(self._keys()).items() if count > 1]
         if twice:
             raise ConfigError(
@@ -119,7 +118,23 @@ class Task(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits (batch, classes) of features (batch, width)."""
-        return self.head(features.to(self.head.weight.dtype))
+        head = self.require_head("logits")
+        return head(features.to(head.weight.dtype))
+
+    def require_head(self, what: str) -> nn.Linear:
+        """The head.
+
+        Args:
+            what: What needs it, for the error.
+
+        Raises:
+            ConfigError: The task has none.
+        """
+        if self.head is None:
+            raise ConfigError(
+                f"{what}: this adapter was wrapped with head=None: it gives features, and has no head and no labels"
+            )
+        return self.head
 
     def penalty(self) -> Tensor | None:
         """What the methods add to the loss in training, a single number, or None."""
@@ -130,8 +145,9 @@ class Task(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """Every trained tensor under its role key: `blocks.3.memory`, `class_token`, `head.weight` ..."""
         tensors = {key: tensor for adapter in self.adapters for key, tensor in adapter.state_dict().items()}
-        own = {"class_token": self.class_token, "head.weight": self.head.weight, "head.bias": self.head.bias}
-        return tensors | {key: tensor.detach() for key, tensor in own.items() if tensor is not None}
+        own = {} if self.class_token is None else {"class_token": self.class_token}
+        own |= {} if self.head is None else {"head.weight": self.head.weight, "head.bias": self.head.bias}
+        return tensors | {key: tensor.detach() for key, tensor in own.items()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `tensors` gave.
@@ -153,6 +169,13 @@ class Task(nn.Module):
         with torch.no_grad():
             for key, tensor in own.items():
                 tensor.copy_(tensors[key])
+
+
+def _create_head(width: int, classes: int) -> nn.Linear:
+    head = nn.Linear(width, classes)
+    nn.init.normal_(head.weight, std=HEAD_STD)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 def _check_backbone(configs: Sequence[AdapterConfig], backbone: Backbone, masked: bool) -> None:

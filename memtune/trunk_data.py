@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,11 +15,9 @@ from .backbones import Backbone
 from .checks import check_label_range
 from .data import ImageDataset
 from .errors import ConfigError, InputError
+from .training_config import TrainingConfig
 from .trunk_cache import Entry, TrunkCache, describe_trunk, digest_of, stack_entries
 from .tuned import TunedModel
-
-if TYPE_CHECKING:
-    from .training import TrainingConfig
 
 logger = logging.getLogger(__name__)
 

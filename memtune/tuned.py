@@ -6,18 +6,18 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from .adapter import AdapterConfig
 from .attention import Pass
 from .backbones import Backbone
 from .checks import check_images, check_label_names, check_labels
+from .conventions import VisionModel
 from .errors import ConfigError, MemtuneError, UnsupportedBackboneError
 from .freezing import Hold
 from .lanes import Earlier, Seen
@@ -40,6 +40,7 @@ def wrap(
     *,
     labels: Sequence[str] | None = None,
     num_labels: int | None = None,
+    head: Literal["linear"] | None = "linear",
     masked: bool = False,
     extends: MultiTaskModel | None = None,
     processor: Any = None,
@@ -53,6 +54,7 @@ def wrap(
         config: The method's settings, or one for each of several methods; a `peft.LoraConfig` is taken as well.
         labels: Names of the task's classes, in the order of the logits.
         num_labels: Their number, where they have no names (they are then called LABEL_0 ...).
+        head: None for an adapter without a head and labels: the model then gives features, for a head of your own.
         masked: Train in the task stream: the backbone's own answer stays as it is, and tasks can share its pass.
         extends: A model whose masked tasks the new one reads (masked mode only); they do not know of it, and stay as
             they are. To answer, the new task needs them.
@@ -64,9 +66,22 @@ def wrap(
     """
     several = config if isinstance(config, Sequence) and not isinstance(config, str) else [config]
     earlier = {} if extends is None else _earlier_tasks(extends, backbone, masked)
-    names = check_label_names(labels, num_labels)
+    names = _check_names(labels, num_labels, head, extends)
     task = Task([as_config(each) for each in several], names, Backbone(backbone), masked, earlier)
     return TunedModel(backbone, task, processor=processor)
+
+
+def _check_names(
+    labels: Sequence[str] | None, num_labels: int | None, head: str | None, extends: MultiTaskModel | None
+) -> list[str]:
+    """The names of the task's classes, none without a head."""
+    if head not in ("linear", None):
+        raise ConfigError(f"head: got {head!r}, expected 'linear', or None for features")
+    if head == "linear":
+        return check_label_names(labels, num_labels)
+    if (labels, num_labels, extends) != (None, None, None):
+        raise ConfigError("head=None: the model gives features; labels, num_labels and extends need a head")
+    return []
 
 
 def _earlier_tasks(model: MultiTaskModel, backbone: PreTrainedModel, masked: bool) -> dict[str, Task]:
@@ -80,7 +95,7 @@ def _earlier_tasks(model: MultiTaskModel, backbone: PreTrainedModel, masked: boo
     return tasks
 
 
-class TunedModel(nn.Module, Sharing):
+class TunedModel(VisionModel, Sharing):
     """A frozen backbone with what is trained for one task. Made by `wrap`, `load` or `from_pretrained`.
 
     `state_dict()` and the trainable parameters are the task's alone. `train()` leaves the backbone in evaluation mode.
@@ -92,11 +107,9 @@ class TunedModel(nn.Module, Sharing):
         processor: The image processor, or None.
     """
 
-    main_input_name = "pixel_values"
     accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
 
-    backbone: PreTrainedModel
     task: Task
 
     def __init__(self, backbone: PreTrainedModel, task: Task, processor: Any = None) -> None:
@@ -106,6 +119,7 @@ class TunedModel(nn.Module, Sharing):
         self.processor = processor
         self.config: Any = copy.deepcopy(backbone.config)
         self.config.id2label = dict(enumerate(task.labels))
+        self.config.problem_type = "single_label_classification"  # whatever the backbone's own head was for
         self.config.label2id = {label: index for index, label in enumerate(task.labels)}
         self._checkpointing: dict[str, Any] | None = None
         self._enabled = True
@@ -138,8 +152,8 @@ class TunedModel(nn.Module, Sharing):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
         trunk: Pass | None = None,
-    ) -> ImageClassifierOutput | tuple[Tensor, ...]:
-        """Classify images by the task's labels.
+    ) -> ImageClassifierOutput | BaseModelOutputWithPooling | tuple[Tensor, ...]:
+        """Classify images by the task's labels; without a head, give their features.
 
         Args:
             pixel_values: Images as the processor gives them, (batch, channels, height, width).
@@ -150,30 +164,35 @@ class TunedModel(nn.Module, Sharing):
             trunk: What `trunk_pass` gave for the images, in their place (masked mode only).
 
         Returns:
-            `logits` (batch, classes), and `loss` if labels were given. Within `disable_adapter()`: the backbone's own
-            output.
+            `logits` (batch, classes), and `loss` if labels were given; of an adapter without a head `pooler_output`
+            (batch, width). Within `disable_adapter()`: the backbone's own output.
 
         Raises:
             InputError: The images or labels have the wrong shape, type, size, or range.
-            ConfigError: `trunk` was given to an unmasked model, or within `disable_adapter()`.
+            ConfigError: `trunk` was given to an unmasked model, or within `disable_adapter()`; or `labels` without a
+                head.
         """
         if trunk is not None:
             if not self._enabled:
                 raise ConfigError("trunk: without its adapter the model reads images; pass pixel_values")
-            return self._classify(self.features_of(trunk), labels, return_dict)
+            return self._answer(self.features_of(trunk), labels, return_dict)
         pixel_values = check_images(pixel_values, self._described, interpolate=interpolate_pos_encoding)
         if not self._enabled:
             options = {} if self._described.family.any_size else {"interpolate_pos_encoding": interpolate_pos_encoding}
             images_alone = self.backbone.main_input_name == "pixel_values"
             return (self.backbone if images_alone else self._described.tower)(pixel_values=pixel_values, **options)
         features = self.features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        return self._classify(features, labels, return_dict)
+        return self._answer(features, labels, return_dict)
 
-    def _classify(
+    def _answer(
         self, features: Tensor, labels: Tensor | None, return_dict: bool | None
-    ) -> ImageClassifierOutput | tuple[Tensor, ...]:
+    ) -> ImageClassifierOutput | BaseModelOutputWithPooling | tuple[Tensor, ...]:
         """The output for features (batch, width)."""
+        if self.task.head is None and labels is None:
+            pooled = BaseModelOutputWithPooling(pooler_output=features)
+            return pooled.to_tuple() if return_dict is False else pooled
         if labels is not None:
+            self.task.require_head("labels")
             check_labels(labels, features.shape[0], len(self.task.labels))
         logits = self.task.logits(features)
         loss = None if labels is None else cross_entropy(logits, labels.long())
@@ -284,16 +303,6 @@ class TunedModel(nn.Module, Sharing):
         self.__dict__ = self.__getstate__() | {"_modules": {}}
         return backbone
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.task.head.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The backbone's type of numbers; the adapter's own parameters may be of another."""
-        return self.backbone.dtype
-
     def trainable_parameters(self) -> dict[str, int]:
         """Trained values by part: each method's, `class_token`, `head`, their `total`, and the frozen `backbone`'s."""
         counts = {
@@ -301,7 +310,7 @@ class TunedModel(nn.Module, Sharing):
             for method, adapter in zip(self.task.methods, self.task.adapters, strict=True)
         }
         counts["class_token"] = 0 if self.task.class_token is None else self.task.class_token.numel()
-        counts["head"] = sum(parameter.numel() for parameter in self.task.head.parameters())
+        counts["head"] = 0 if self.task.head is None else sum(each.numel() for each in self.task.head.parameters())
         counts["total"] = sum(counts.values())
         return counts | {"backbone": sum(parameter.numel() for parameter in self.backbone.parameters())}
 

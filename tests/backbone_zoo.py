@@ -80,9 +80,9 @@ class Case:
 
     def blocks(self, model: nn.Module) -> list[Any]:
         found = self.tower(model).get_submodule(self.facts.blocks)
-        if self.facts.windowed:
+        if hasattr(found[0], "blocks"):
             found = [stage.blocks for stage in found]
-        nested = self.facts.windowed or isinstance(found[0], nn.ModuleList)
+        nested = isinstance(found[0], nn.ModuleList)
         return [block for stage in found for block in stage] if nested else list(found)
 
     def widths(self, model: nn.Module) -> list[int]:
@@ -143,6 +143,13 @@ _SWIN = Facts(
     windowed=True,
     any_size=True,
 )
+_SEGFORMER_FACTS = Facts(
+    blocks="stages",
+    class_token=None,
+    prefix=0,
+    feature=lambda tower, output: output.last_hidden_state.flatten(2).mean(2),
+    any_size=True,
+)
 _PVT_FACTS = Facts(blocks="encoder.block", norm1="layer_norm_1")
 
 _SMALL: dict[str, Any] = {
@@ -173,6 +180,14 @@ _SWINV2 = {"image_size": SIZE, "patch_size": 4, "embed_dim": 8, "depths": [2, 1]
 _PVT = {"image_size": SIZE, "num_encoder_blocks": 2, "depths": [1, 2], "hidden_sizes": [8, 16], "mlp_ratios": [2, 2]}
 _PVT = _PVT | {"num_attention_heads": [1, 2], "sequence_reduction_ratios": [2, 1], "patch_sizes": [4, 2]}
 _PVT = _PVT | {"strides": [4, 2]}
+_SEGFORMER = {"num_encoder_blocks": 2, "depths": [1, 2], "sr_ratios": [2, 1], "hidden_sizes": [8, 16]}
+_SEGFORMER = _SEGFORMER | {
+    "patch_sizes": [7, 3],
+    "strides": [4, 2],
+    "num_attention_heads": [1, 2],
+    "mlp_ratios": [2, 2],
+}
+_SEGFORMER = _SEGFORMER | {"decoder_hidden_size": 12, "drop_path_rate": 0.0, "classifier_dropout_prob": 0.0}
 _BEIT_BIAS = {"use_relative_position_bias": True, "use_absolute_position_embeddings": False}
 _DINO3_SMALL = _SMALL | {"num_register_tokens": 4, "layerscale_value": 0.5}
 
@@ -226,6 +241,8 @@ CASES = [
 PLAIN = [
     Case("swinv2", "Swinv2Model", _SWINV2, _SWIN, depth=3),
     Case("swinv2-head", "Swinv2ForImageClassification", _SWINV2, _SWIN, "swinv2", depth=3),
+    Case("segformer", "SegformerModel", _SEGFORMER, _SEGFORMER_FACTS, depth=3),
+    Case("segformer-head", "SegformerForImageClassification", _SEGFORMER, _SEGFORMER_FACTS, "segformer", depth=3),
     Case("pvt", "PvtModel", _PVT, _PVT_FACTS, depth=3),
     Case("pvt-head", "PvtForImageClassification", _PVT, _PVT_FACTS, "pvt", depth=3),
 ]

@@ -29,6 +29,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backbone.save_pretrained(folder / "backbone")
     backbone = ViTForImageClassification.from_pretrained(folder / "backbone")
     processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    processor.save_pretrained(folder / "backbone")
     for name, config, masked, labels in (
         ("pets", LoraConfig(r=2), True, ["dog", "cat", "bird"]),
         ("signs", MemoryConfig(2), False, ["stop", "go"]),
@@ -56,6 +57,23 @@ def adapters_of(material: Path) -> list[str]:
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     assert main([*arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+def test_finetune(material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--train_dir", str(material / "photos"), "--validation_dir", str(material / "photos")]
+    given = ["--model_name_or_path", str(material / "backbone"), *data, "--output_dir", str(tmp_path / "adapter")]
+    given += ["--method", "memory", "lora", "--masked", "--num_train_epochs", "2", "--per_device_train_batch_size", "2"]
+    given += ["--method_config", '{"lora": {"r": 2}}', "--disable_tqdm", "--class_weights", "1", "2"]
+    summary = run(capsys, "finetune", *given)
+    assert summary["train_samples"] == summary["eval_samples"] == 6
+    assert summary["command"] == " ".join(["memtune", "finetune", *given, "--json"])
+    model = memtune.load(tmp_path / "adapter")
+    assert model.task.labels == ["cat", "dog"]
+    assert model.task.methods == ["memory", "lora"]
+    assert main(["finetune", *given, "--num_train_epochs", "3", "--resume_from_checkpoint"]) == 1
+    assert "num_train_epochs: got 3.0, the folder has 2.0" in capsys.readouterr().err
+    assert main(["finetune", *given, "--resume_from_checkpoint"]) == 0
+    assert f"the adapter is in {tmp_path / 'adapter'}" in capsys.readouterr().out
 
 
 def test_inspect(material: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,12 +139,22 @@ def test_combine(material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["predict", "IMAGE", "ADAPTERS", "ADAPTERS"], "which names a task twice"),
         (["predict", "IMAGE", "ADAPTERS", "--backbone", "nowhere/at-all"], "--backbone: 'nowhere/at-all' cannot be"),
         (["inspect", "./nothing"], "which is no folder"),
+        (["finetune", "--model_name_or_path", "b", "--output_dir", "o"], "got no data to train on"),
+        (
+            ["finetune", "--model_name_or_path", "b", "--output_dir", "o", "--train_dir", "./nothing"],
+            "cannot be loaded",
+        ),
+        (
+            ["finetune", "--model_name_or_path", "b", "--output_dir", "o", "--optim", "sgd", "--momentum", "2"],
+            "momentum",
+        ),
     ],
 )
 def test_errors_are_one_line(
     material: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     spelled = {"ADAPTERS": adapters_of(material), "IMAGE": images_of(material)[:1]}
+    spelled["MODEL"] = ["--model_name_or_path", "backbone", "--output_dir", "adapter"]
     assert main([word for each in arguments for word in spelled.get(each, [each])]) == 1
     output = capsys.readouterr()
     assert message in output.err + output.out

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from multitask import CONFIGS, tune, tune_all
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -263,6 +264,33 @@ def test_switching_tasks_never_recompiles() -> None:
         for rows in ([second, second, first], [third, first, third]):
             for mine, expected in zip(compiled(images, rows=rows), model(images, rows=rows), strict=True):
                 torch.testing.assert_close(mine.logits, expected.logits, atol=1e-6, rtol=1e-5)
+
+
+def test_adding_a_task_recompiles_its_stream_once_and_never_the_trunk() -> None:
+    backbone = VIT.build()
+    tasks = tune_all(backbone, [("memory", True), ("lora", True), ("memory and lora", True)])
+    first, second, third = tasks
+    model = memtune.combine(backbone, {first: tasks[first], second: tasks[second]})
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(model, backend="eager")
+    images = VIT.images(3)
+
+    def graphs() -> int:
+        compiled(images)
+        return counters["stats"]["unique_graphs"]
+
+    before = graphs()
+    trunk = torch.compile(model._arrangement.trunk.answer, backend="eager")
+    trunk(images)
+    alone = counters["stats"]["unique_graphs"] - before
+    model.add_task(third, tasks[third])
+    added = graphs() - before - alone
+    assert 0 < added <= before - alone  # those of the stream
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert graphs() == before + alone + added
+        model.remove_task(third)
+        compiled(images)
 
 
 @pytest.mark.slow

@@ -5,10 +5,12 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
@@ -61,6 +63,42 @@ def test_one_process(material, tmp_path, arguments):
     model = memtune.load(tmp_path)
     assert model.task.labels == ["blue", "green", "red"]
     assert model.task.masked == ("--masked" in arguments)
+    assert (tmp_path / "learning_curves.png").stat().st_size > 1000
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-18", "checkpoint-20"]
+
+
+def test_a_killed_run_goes_on(material, tmp_path):
+    """Killed after the first checkpoint; what it ends with is what it would have ended with."""
+    steps = ["--save_strategy", "steps", "--save_steps", "3"]
+    whole = finetune(material, tmp_path / "whole", *steps)
+    killed = tmp_path / "killed"
+    command = [sys.executable, str(EXAMPLE), *arguments_of(material, killed, *steps)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(killed.glob("checkpoint-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    resumed = finetune(material, killed, *steps, "--resume_from_checkpoint")
+    assert resumed["eval_loss"] == whole["eval_loss"]
+    one, other = (memtune.load(folder).task.tensors() for folder in (tmp_path / "whole", killed))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_two_processes_have_the_losses_of_one_and_go_on(material, tmp_path):
+    """The same images make each step: the losses differ by rounding alone, also after an interruption."""
+    epochs = ["--num_train_epochs", "4", "--save_total_limit", "9"]
+    one = finetune(material, tmp_path / "one", *epochs, "--per_device_train_batch_size", "6")
+    together = [*epochs, "--cpu", "--num_processes", "2", "--per_device_train_batch_size", "3"]
+    two = finetune(material, tmp_path / "two", *together, OMP_NUM_THREADS="1")
+    for name in ("loss", "eval_loss"):
+        losses = [[entry[name] for entry in run["history"]] for run in (one, two)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    checkpoint = tmp_path / "two" / "checkpoint-20"
+    resumed = finetune(
+        material, tmp_path / "two", *together, "--resume_from_checkpoint", str(checkpoint), OMP_NUM_THREADS="1"
+    )
+    assert resumed["eval_loss"] == pytest.approx(two["eval_loss"], abs=1e-6)
 
 
 def test_two_processes_reach_the_accuracy_of_one(material, tmp_path):

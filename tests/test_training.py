@@ -12,6 +12,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 import memtune
 from memtune import TrainingConfig
 from memtune.errors import ConfigError, InputError
+from memtune.optimization import make_optimizer
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 QUICK = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "disable_tqdm": True}
@@ -94,7 +95,7 @@ def test_biases_do_not_decay():
     model = tuned()
     with torch.no_grad():
         model.task.head.bias.fill_(1.0)
-    optimizer = memtune.training._optimizer(model, TrainingConfig(weight_decay=0.1).for_mode(masked=False))
+    optimizer = make_optimizer(model, TrainingConfig(weight_decay=0.1).for_mode(masked=False))
     decays = {id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     assert decays.keys() == trained

@@ -19,6 +19,7 @@ import memtune
 from memtune import TrainingConfig
 from memtune.backbones import Backbone
 from memtune.errors import ConfigError, InputError, MemtuneError
+from memtune.preparation import make_accelerator
 from memtune.streams import Trunk
 from memtune.trunk_cache import TrunkCache, describe_trunk, stack_entries, to_pass
 from memtune.trunk_data import cached_dataset
@@ -184,7 +185,7 @@ def test_a_damaged_entry_is_computed_again(damage, tmp_path, passes):
 def test_an_entry_that_vanishes_in_a_run_is_named(tmp_path):
     train(tuned(), items(), tmp_path)
     model, config = tuned(), TrainingConfig(**QUICK, trunk_cache=tmp_path, trunk_cache_dtype="float32")
-    dataset, _ = cached_dataset(model, items(), config, memtune.training._accelerator(config))
+    dataset, _ = cached_dataset(model, items(), config, make_accelerator(config))
     for path in entries(tmp_path):
         path.unlink()
     with pytest.raises(MemtuneError, match="has been changed during the run"):

@@ -75,7 +75,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         costs, accuracies = ([each[key] * 100 for each in points] for key in ("cost", "accuracy"))
         axes.scatter(costs, accuracies, marker=marker, label="masked" if masked else "unmasked")
         for cost, accuracy, each in zip(costs, accuracies, points, strict=True):
-            axes.annotate(each["name"], (cost, accuracy), fontsize=7, xytext=(4, 3), textcoords="offset points")
+            side = {"ha": "right", "xytext": (-6, -3)} if cost > 10 else {"xytext": (4, 3)}
+            axes.annotate(each["name"], (cost, accuracy), fontsize=7, textcoords="offset points", **side)
     axes.set_xscale("symlog", linthresh=0.1)
     axes.set_xlabel("multiply-adds of one more task, % of the backbone's pass")
     axes.set_ylabel("accuracy, %")
