@@ -101,7 +101,7 @@ def build_model(args: argparse.Namespace, labels: list[str]) -> memtune.TunedMod
 
 def training_config(args: argparse.Namespace) -> memtune.TrainingConfig:
     given = {name: value for name, value in vars(args).items() if value is not None}
-    names = memtune.TrainingConfig.__dataclass_fields__
+    names = memtune.TrainingConfig.__dataclass_fields__.keys() - {"output_dir"}  # which is that of the whole sequence
     chosen = {name: value for name, value in given.items() if name in names}
     return memtune.TrainingConfig(**PAPER.get(args.method, {}) | chosen)
 

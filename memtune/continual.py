@@ -125,6 +125,10 @@ def fit_continual(
         BackboneMismatchError: `output_dir` holds a run on another backbone.
     """
     config = (config or TrainingConfig()).for_mode(model.task.masked)
+    if config.output_dir is not None:
+        raise ConfigError(
+            "config: output_dir is for the checkpoints of one training; give fit_continual the folder itself"
+        )
     if loss not in ("local", "seen"):
         raise ConfigError(f"loss: got {loss!r}, expected 'local' or 'seen'")
     _check_classes(tasks, len(model.task.labels))

@@ -199,9 +199,9 @@ def test_adapter_and_state_are_replaced_together(tmp_path, monkeypatch):
     with pytest.raises(Stop):
         fit_continual(tuned(), stopping_at(1), CONFIG, output_dir=tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(continual_folder.json, "dumps", lambda *args, **kwargs: 1 / 0)
     model = tuned()
     folder = continual_folder.RunFolder(tmp_path, model, sequence(), CONFIG, "local")
+    monkeypatch.setattr(continual_folder.json, "dumps", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         folder.save(model, continual.ContinualResult())
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -256,12 +256,13 @@ def test_what_cannot_work_is_refused_before_anything_is_trained():
     for tasks, options, message in (
         (sequence(), {}, "task: got 2, expected a number below num_tasks=2"),
         (sequence(), {"loss": "all"}, "loss: got 'all'"),
+        (sequence(), {"config": TrainingConfig(output_dir="run")}, "config: output_dir is for"),
         ([], {}, "got 0 tasks"),
         (sequence()[:1] * 2, {}, r"the classes \[1, 4\] stand in them twice"),
         ([ContinualTask([6], items([1], 2, 0), items([1], 2, 0))], {}, r"got the classes \[6\], expected .* 0 to 5"),
     ):
         with pytest.raises(ConfigError, match=message):
-            fit_continual(model, tasks, CONFIG, **options)
+            fit_continual(model, tasks, **{"config": CONFIG} | options)
     wrong = [ContinualTask([0, 1], items([0, 2], 4, 0), items([0, 1], 4, 0))]
     with pytest.raises(InputError, match=r"got \[2\] in the data of the task of the classes \[0, 1\]"):
         fit_continual(model, wrong, CONFIG)

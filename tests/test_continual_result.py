@@ -109,6 +109,6 @@ def test_a_plot_of_finished_and_of_unfinished_runs(tmp_path):
 
 def test_a_plot_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MemtuneError, match="plot needs matplotlib"):
+    with pytest.raises(MemtuneError, match="need matplotlib"):
         result(THREE).plot(tmp_path / "plot.png")
     assert not list(tmp_path.iterdir())
