@@ -65,6 +65,8 @@ _RULES: dict[str, Rule] = {
     "label_smoothing_factor": _SHARE,
     "class_weights": ("a number, 0 or more, for each class", _weights),
     "ema_decay": _SHARE,
+    "mixup_alpha": _NOT_NEGATIVE,
+    "cutmix_alpha": _NOT_NEGATIVE,
     "mixed_precision": _one_of("no", "bf16", "fp16"),
     "image_size": _WHOLE,
     "on_error": _one_of("raise", "skip"),
@@ -107,6 +109,9 @@ class TrainingConfig:
         max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
         label_smoothing_factor: Share of the target that is spread over all classes; None for that of the mode.
         class_weights: Weights of the classes in the training loss, in the order of the labels; None for equal ones.
+        mixup_alpha: Mix pairs of images, by shares from a beta distribution with this parameter (0.2 is usual; needs
+            torchvision); 0 for none.
+        cutmix_alpha: The same for rectangles of one image in another (1.0 is usual).
         ema_decay: Evaluate, and end with, a moving average of the trained values, which keeps this share of itself at
             each step; None for the values themselves.
         mixed_precision: "no", "bf16" or "fp16".
@@ -149,6 +154,8 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     label_smoothing_factor: float | None = None
     class_weights: Sequence[float] | None = None
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
     ema_decay: float | None = None
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     image_size: int | None = None

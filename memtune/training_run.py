@@ -25,6 +25,7 @@ from .backbones import Backbone
 from .callbacks import TrainingCallback
 from .evaluation import measure, run_batch
 from .fingerprint import fingerprint
+from .mixing import make_mixing
 from .optimization import make_optimizer
 from .preparation import make_loader, release
 from .run_settings import describe_run
@@ -93,6 +94,7 @@ class TrainingRun:
         self._callbacks = callbacks
         self._begun: list[TrainingCallback] = []
         self._average = None if config.ema_decay is None else MovingAverage(model.task, config.ema_decay)
+        self._mixing = make_mixing(config, len(model.task.labels))
         self._best = BestValues(config.metric_for_best_model)
         self._checkpoints: RunCheckpoints | None = None
         self._bar = tqdm(disable=True)
@@ -188,6 +190,9 @@ class TrainingRun:
         """Forward and backward over one batch, and the optimizer's step when enough of them have come."""
         if self.accelerator.step % self.config.gradient_accumulation_steps == 0:
             self._call("on_step_begin")
+        count = len(batch["labels"])
+        if self._mixing is not None:
+            batch["pixel_values"], batch["labels"] = self._mixing(batch["pixel_values"], batch["labels"])
         with self.accelerator.accumulate(self.model):
             loss = self._compute_loss(run_batch(self.model, batch, self.config), batch["labels"])
             if (penalty := self._tuned.task.penalty()) is not None:
@@ -198,7 +203,6 @@ class TrainingRun:
                 self.accelerator.clip_grad_norm_(trained, self.config.max_grad_norm)
             self._optimizer.step()
             self._optimizer.zero_grad()
-        count = len(batch["labels"])
         added = torch.stack([loss.detach().float() * count, torch.tensor(float(count), device=loss.device)])
         progress = self.progress
         progress.sums = progress.sums.to(loss.device) + added

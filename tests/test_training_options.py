@@ -1,6 +1,8 @@
 """Averages, early stopping, learning rates by layer, class weights, trackers, callbacks, and the curves of a run."""
 
 import argparse
+import sys
+import types
 from dataclasses import fields
 
 import pytest
@@ -103,6 +105,37 @@ def test_class_weights_are_those_of_cross_entropy():
     assert result.history[0]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
+class WithMean:
+    """In place of torchvision's classes: each image is mixed with the mean of all, whatever their order."""
+
+    def __init__(self, num_classes, alpha):
+        self._classes = num_classes
+        assert alpha == 0.2
+
+    def __call__(self, images, labels):
+        shares = torch.nn.functional.one_hot(labels, self._classes).float()
+        return (images + images.mean(0)) / 2, (shares + shares.mean(0)) / 2
+
+
+def test_mixed_images_have_mixed_labels(monkeypatch):
+    v2 = types.SimpleNamespace(MixUp=WithMean)
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.transforms", types.SimpleNamespace(v2=v2))
+    model, data = tuned(), items(8)
+    images = torch.stack([item["pixel_values"] for item in data])
+    labels = torch.tensor([item["labels"] for item in data])
+    mixed, shares = WithMean(2, 0.2)(images, labels)
+    with torch.no_grad():
+        expected = cross_entropy(model(mixed).logits, shares).item()
+    settings = TrainingConfig(**QUICK | {"max_steps": 1, "mixup_alpha": 0.2})
+    assert memtune.fit(model, data, config=settings).history[0]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_mixing_by_torchvision():
+    pytest.importorskip("torchvision")
+    assert fit(tuned(), mixup_alpha=0.2, cutmix_alpha=1.0).steps == 8
+
+
 class Kept(GeneralTracker):
     """One of Accelerate's trackers that keeps what it is told."""
 
@@ -159,9 +192,11 @@ def test_learning_curves(evaluated, tmp_path):
         ({"early_stopping_patience": 1}, "pass eval_dataset"),
         ({"class_weights": [1, 2, 3]}, "got 3 weights, expected one for each of 2"),
         ({"report_to": "paper"}, "report_to: got 'paper'"),
+        ({"mixup_alpha": 0.2}, "pip install torchvision"),
     ],
 )
-def test_settings_that_need_something_else(settings, message):
+def test_settings_that_need_something_else(settings, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ConfigError, match=message):
         train(tuned(), **settings)
 
@@ -173,6 +208,7 @@ def test_settings_that_need_something_else(settings, message):
         {"class_weights": "even"},
         {"class_weights": [1, -1]},
         {"ema_decay": 1},
+        {"cutmix_alpha": -1},
         {"save_strategy": "minutes"},
         {"save_steps": 0},
         {"logging_steps": None},
