@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import KeysValues, Pass, TrunkBlock, extended
 from .backbones import Backbone
+from .passes import KeysValues, Pass, TrunkBlock, extended
 from .registry import find_method
 from .stacking import Selection, Stack, per_task
 from .streams import AdaptedStream, TaskStream, Trunk

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .attention import Pass
 from .backbones import Backbone
 from .checks import check_images, check_task_names
 from .errors import ConfigError, InputError, UnsupportedBackboneError
 from .lanes import Earlier, Seen
 from .multitask import MultiTaskModel
+from .passes import Pass
 from .streams import AdaptedStream, TaskStream, Trunk
 from .task import Task
 from .tuned import TunedModel

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import Pass, Site, check_visited, install
+from .attention import Site, check_visited, install
 from .backbones import Backbone
+from .passes import Pass
 from .stacking import Selection
 
 

@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .attention import Pass
 from .backbones import Backbone
 from .callbacks import TrainingCallback
 from .errors import CheckpointError, ConfigError, UnsupportedBackboneError
+from .passes import Pass
 from .streams import AdaptedStream
 from .tuned import TunedModel
 

@@ -22,9 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .attention import Pass, TrunkBlock
 from .backbones import Backbone
 from .errors import ConfigError, MemtuneError
+from .passes import Pass, TrunkBlock
 
 FORMAT_VERSION = 1
 

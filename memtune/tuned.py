@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from .adapter import AdapterConfig
-from .attention import Pass
 from .backbones import Backbone
 from .checks import check_images, check_label_names, check_labels
 from .conventions import VisionModel
@@ -22,6 +21,7 @@ from .errors import ConfigError, MemtuneError, UnsupportedBackboneError
 from .freezing import Hold
 from .lanes import Earlier, Seen
 from .merge import merge
+from .passes import Pass
 from .registry import as_config
 from .sharing import Sharing
 from .streams import AdaptedStream, TaskStream, Trunk

@@ -12,19 +12,10 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from memtune.attention import (
-    KeysValues,
-    Pass,
-    TrunkBlock,
-    adapted_attention,
-    check_visited,
-    install,
-    stream_attention,
-    trunk_attention,
-    widen,
-)
+from memtune.attention import adapted_attention, check_visited, install, stream_attention, trunk_attention, widen
 from memtune.backbones import Backbone
 from memtune.errors import UnsupportedBackboneError
+from memtune.passes import KeysValues, Pass, TrunkBlock
 
 HEADS, WIDTH = 2, 8
 

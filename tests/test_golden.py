@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from golden import make
+from other_releases import install
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -118,6 +119,7 @@ import sys
 from pathlib import Path
 import transformers
 from golden import make
+from other_releases import install
 from safetensors.torch import save_file
 
 print(transformers.__version__, transformers.__file__)
@@ -127,17 +129,7 @@ save_file(make.answers(Path(sys.argv[1])), "found.safetensors")
 
 @pytest.mark.slow
 def test_another_release_of_transformers_gives_the_same_answers(tmp_path: Path) -> None:
-    pytest.importorskip("pip")
-    site = tmp_path / "site"
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--retries", "0", "--timeout", "20"]
-    done = subprocess.run(
-        [*pip, "--no-deps", "--target", str(site), f"transformers=={OTHER}"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    if done.returncode:
-        pytest.skip(f"pip cannot get transformers {OTHER} here: {done.stderr.strip().splitlines()[-1]}")
+    site = install(tmp_path / "site", f"transformers=={OTHER}")
     paths = [site, Path(memtune.__file__).parents[1], Path(__file__).parent]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
     arguments = [sys.executable, "-c", ANSWER, str(CURRENT)]

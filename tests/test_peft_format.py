@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import peft
 import pytest
 import torch
 from backbone_zoo import BY_NAME, CASES, assert_same, each, snapshot
+from other_releases import install
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
@@ -336,3 +340,39 @@ def test_there_and_back_again(case, tmp_path):
         key: tensor.tolist() for key, tensor in tuned.task.tensors().items()
     }
     assert torch.equal(back(case.images()).logits, tuned(case.images()).logits)
+
+
+WRITE = """
+import sys
+import peft, torch, transformers
+
+assert transformers.__version__ == "4.57.6", transformers.__file__
+torch.manual_seed(0)
+shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+config = transformers.ViTConfig(**shape, image_size=32, patch_size=8, num_labels=3)
+model = transformers.ViTForImageClassification(config).eval()
+model.save_pretrained("backbone")
+settings = peft.LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"])
+model = peft.get_peft_model(model, settings).eval()
+for parameter in model.parameters():
+    if parameter.requires_grad:
+        torch.nn.init.normal_(parameter, std=0.2)
+model.save_pretrained("adapter")
+images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
+with torch.no_grad():
+    torch.save({"images": images, "logits": model(images).logits}, "answers.pt")
+"""
+
+
+@pytest.mark.slow
+def test_an_adapter_that_peft_wrote_under_transformers_4_gives_the_same_logits(tmp_path):
+    """Written by the real releases: since transformers 5 renamed the modules, PEFT itself no longer finds them."""
+    others = ["transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2", "peft==0.18.0"]
+    site = install(tmp_path / "site", *others)
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    subprocess.run([sys.executable, "-c", WRITE], cwd=tmp_path, env=environment, check=True, timeout=600)
+    backbone = AutoModelForImageClassification.from_pretrained(tmp_path / "backbone")
+    tuned = import_peft(tmp_path / "adapter", backbone, labels=["a", "b", "c"])
+    answers = torch.load(tmp_path / "answers.pt", weights_only=True)
+    with torch.no_grad():
+        torch.testing.assert_close(tuned(answers["images"]).logits, answers["logits"], atol=1e-5, rtol=1e-5)

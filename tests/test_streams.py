@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import memtune
 from memtune import MemoryConfig
-from memtune.attention import Pass
 from memtune.backbones import Backbone
 from memtune.errors import UnsupportedBackboneError
+from memtune.passes import Pass
 from memtune.streams import AdaptedStream, TaskStream, Trunk
 
 

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, AdapterConfig
-from ..attention import KeysValues, Pass
 from ..backbones import Backbone, Block
 from ..errors import ConfigError
+from ..passes import KeysValues, Pass
 from ..registry import register_method
 from ..stacking import Stack
 from ..streams import AdaptedStream, TaskStream

@@ -227,7 +227,7 @@ def _peft_layer(base: nn.Module, config: LoraConfig) -> Any:
 
 
 class SeenUpdates:
-    """Lets tasks see K' and V' without computing them (a `memtune.attention.TrunkReader`).
+    """Lets tasks see K' and V' without computing them (a `memtune.passes.TrunkReader`).
 
     A task token has one query in each head h, so that the updates need only be known in the r dimensions of A:
 

@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTModel
 
 from memtune import wrap
-from memtune.attention import Pass
 from memtune.backbones import Backbone
 from memtune.errors import ConfigError
 from memtune.methods import LoraConfig, MemoryConfig
 from memtune.methods.lora import LoraAdapter, SeenUpdates
+from memtune.passes import Pass
 from memtune.registry import as_config, read_config
 
 VIT = BY_NAME["vit"]
