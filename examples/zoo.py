@@ -164,7 +164,7 @@ model = memtune.combine(backbone, {{{{name: f"adapters/{{{{name}}}}" for name in
 Data: gtsrb, the German Traffic Sign Recognition Benchmark, 43 signs; dtd10, ten of the Describable Textures Dataset's;
 trashnet, kinds of rubbish; pacs-cartoon and pacs-sketch, two of the domains of PACS. All at 224 pixels.
 
-The commands, each with one seed; the last epoch's values are kept:
+The commands, each with one seed, at commit 75be54f; the last epoch's values are kept:
 
 {{commands}}
 """
