@@ -266,8 +266,8 @@ def _peft_model(tasks: Sequence[Task], shapes: dict[str, Tensor], places: Sequen
         assert isinstance(config, LoraConfig)
         # rsLoRA's scale as a plain one: peft gives a merged adapter the kind of scale that the first has, and rank as
         # alpha, which is 1 for plain ones only.
-        scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-        plain = LoraConfig(config.r, scale * config.r, init_lora_weights=True).to_peft(
+        scale = config.lora_alpha / (math.sqrt(config.rank) if config.use_rslora else config.rank)
+        plain = LoraConfig(config.rank, scale * config.rank, init_lora_weights=True).to_peft(
             target_modules=[_name(place) for place in places]
         )
         if model is None:

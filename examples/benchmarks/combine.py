@@ -43,7 +43,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--mixed_images", type=int, default=64, help="images of the mixed batch, each with a task of its own")
     add("--tasks", type=int, nargs="+", default=[1, 4, 16, 64], help="numbers of masked tasks")
     add("--tokens", type=int, default=4, help="memory tokens in each block")
-    add("--rank", type=int, default=8, help="of LoRA")
+    add("--rank", type=int, default=8, help="of unmasked LoRA, memtune's and PEFT's")
+    add("--masked_rank", type=int, help="of masked LoRA; by default that of the mode")
     add("--repeats", type=int, default=11, help="pairs of each kind; fewer for what takes long")
     add("--threads", type=int, default=2)
     add("--device", default="cpu")
@@ -55,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def masked_kinds(args: argparse.Namespace) -> dict[str, Any]:
-    memory, lora = MemoryConfig(args.tokens), LoraConfig(r=args.rank)
+    memory, lora = MemoryConfig(args.tokens), LoraConfig(r=args.masked_rank).for_mode(masked=True)
     return {"memory": memory, "LoRA": lora, "memory and LoRA": [memory, lora]}
 
 
@@ -157,7 +158,8 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     print(f"ViT-{args.size.capitalize()}/{args.patch_size}, {args.image_size} px, {args.device}")
-    print(f"{args.threads} threads, torch {torch.__version__}, {args.tokens} tokens a block, LoRA of rank {args.rank}")
+    ranks = f"{masked_kinds(args)['LoRA'].r} masked and {args.rank} unmasked"
+    print(f"{args.threads} threads, torch {torch.__version__}, {args.tokens} tokens a block, LoRA of rank {ranks}")
     images = random_images(args, args.batch_size)
     report(args, f"every task for {len(images)} images", images, every_task_rows(args, images))
     images = random_images(args, args.mixed_images)

@@ -40,6 +40,12 @@ from ..views import shadow
 UNMASKED_ROLES = ("query", "value")
 """Section 4.2 of the paper adapts these two."""
 
+UNMASKED_RANK = 8
+"""As in peft."""
+
+MASKED_RANK = 2
+"""A task stream overfits: higher ranks were no better (docs/results.md)."""
+
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 """Those of peft's that need no data and leave the frozen weight as it is."""
 
@@ -59,7 +65,7 @@ class LoraConfig(AdapterConfig):
     """Settings of LoRA; names, meanings and defaults are those of `peft.LoraConfig`.
 
     Args:
-        r: The rank.
+        r: The rank. None for 8 in unmasked mode, as in peft, and for 2 in masked mode.
         lora_alpha: The update is scaled by lora_alpha / r. 8, as in peft, whatever the rank is.
         roles: The linear layers to change, of `query`, `key`, `value`, `out`, `fc1`, `fc2`. None for query and value
             in unmasked mode, for all six in masked mode.
@@ -73,7 +79,7 @@ class LoraConfig(AdapterConfig):
 
     method: ClassVar[str] = "lora"
 
-    r: int = 8
+    r: int | None = None
     lora_alpha: float = 8
     roles: Sequence[str] | None = None
     lora_dropout: float = 0.0
@@ -83,8 +89,8 @@ class LoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
-            raise ConfigError(f"r: got {self.r!r}, expected a rank, a whole number from 1 on")
+        if self.r is not None and (not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1):
+            raise ConfigError(f"r: got {self.r!r}, expected a rank, a whole number from 1 on, or None")
         if not _is_number(self.lora_alpha) or not 0 < self.lora_alpha < math.inf:
             raise ConfigError(f"lora_alpha: got {self.lora_alpha!r}, expected a number above 0")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
@@ -97,7 +103,7 @@ class LoraConfig(AdapterConfig):
                 f"init_lora_weights: got {self.init_lora_weights!r}, expected one of {INITIALISATIONS}; peft's others "
                 "change the frozen weight or need data"
             )
-        if self.init_lora_weights == "orthogonal" and self.r % 2:
+        if self.init_lora_weights == "orthogonal" and (self.r or 0) % 2:
             raise ConfigError(f"r: got {self.r}; init_lora_weights='orthogonal' takes an even rank")
         if self.roles is not None:
             object.__setattr__(self, "roles", _check_roles(self.roles))
@@ -134,17 +140,23 @@ class LoraConfig(AdapterConfig):
 
     def to_peft(self, **settings: Any) -> peft.LoraConfig:
         """The same as a `peft.LoraConfig`, with further settings such as `target_modules`."""
-        return peft.LoraConfig(**{name: getattr(self, name) for name in _READ_FROM_PEFT}, **settings)
+        own = {name: getattr(self, name) for name in _READ_FROM_PEFT}
+        return peft.LoraConfig(**own | {"r": self.rank}, **settings)
+
+    @property
+    def rank(self) -> int:
+        """The rank; where it is left to the mode, that of unmasked mode."""
+        return self.r or UNMASKED_RANK
 
     def for_mode(self, masked: bool) -> LoraConfig:
-        """Fill in the roles."""
+        """Fill in the rank and the roles."""
         roles = self.roles or (LINEAR_ROLES if masked else UNMASKED_ROLES)
         if masked and self.use_dora and {"key", "value"} & set(roles):
             raise ConfigError(
                 "use_dora: in masked mode the keys and values that the task sees have no weight whose rows DoRA could "
                 "scale; give roles=('query', 'out', 'fc1', 'fc2'), or leave use_dora out"
             )
-        return replace(self, roles=roles)
+        return replace(self, r=self.r or (MASKED_RANK if masked else UNMASKED_RANK), roles=roles)
 
 
 def _is_number(value: Any) -> bool:
@@ -223,7 +235,7 @@ def _peft_layer(base: nn.Module, config: LoraConfig) -> Any:
     """The LoRA layer of `peft` for a linear layer, which may be one of bitsandbytes'."""
     kind = {"loaded_in_8bit": True, "loaded_in_4bit": True}
     settings = config.to_peft()
-    return LoraModel._create_new_module(settings, _NAME, base, r=config.r, lora_alpha=config.lora_alpha, **kind)
+    return LoraModel._create_new_module(settings, _NAME, base, r=config.rank, lora_alpha=config.lora_alpha, **kind)
 
 
 class SeenUpdates:
@@ -337,7 +349,7 @@ class LoraAdapter(Adapter[LoraConfig]):
     stackable = True
 
     def __init__(self, config: LoraConfig, backbone: Backbone) -> None:
-        config = config if config.roles else config.for_mode(masked=False)
+        config = config.for_mode(masked=False)  # where no mode was chosen
         super().__init__(config, backbone)
         self.blocks = nn.ModuleDict(
             {
