@@ -34,7 +34,7 @@ SHADES = np.random.default_rng(0).integers(0, 156, (len(LABELS), 3))
 ADAPTERS: dict[str, tuple[memtune.AdapterConfig, bool, list[str]]] = {
     "desk/pets-lora": (memtune.LoraConfig(r=2), True, ["cat", "dog"]),
     "desk/birds-lora": (memtune.LoraConfig(r=2), True, ["wren", "robin"]),
-    "desk/my-adapter": (memtune.MemoryConfig(4), False, ["stop", "go"]),
+    "desk/my-adapter": (memtune.MemoryConfig(4), False, LABELS),
     "hub/me/vit-flowers-lora": (memtune.LoraConfig(r=2), False, ["rose", "tulip"]),
     "hub/me/vit-flowers-memory": (memtune.MemoryConfig(4), True, ["rose", "tulip"]),
     "hub/me/vit-signs-memory": (memtune.MemoryConfig(4), True, ["stop", "go"]),
@@ -44,10 +44,11 @@ ADAPTERS: dict[str, tuple[memtune.AdapterConfig, bool, list[str]]] = {
 """The adapters that the documentation names: settings, whether masked, and labels."""
 
 
-def tiny_vit(width: int = 32) -> ViTForImageClassification:
+def tiny_vit(width: int = 128) -> ViTForImageClassification:
+    """A backbone with as many blocks as CODA prompts change, and as wide as their pool of 100 needs."""
     shape: dict[str, Any] = {"hidden_size": width, "num_attention_heads": 2, "intermediate_size": 64}
     torch.manual_seed(0)
-    return ViTForImageClassification(ViTConfig(**shape, num_hidden_layers=2, image_size=32, patch_size=8)).eval()
+    return ViTForImageClassification(ViTConfig(**shape, num_hidden_layers=5, image_size=32, patch_size=8)).eval()
 
 
 def picture(label: int, seed: int) -> Image.Image:
@@ -104,9 +105,8 @@ def names(width: int | None) -> dict[str, Any]:
     processor = AutoImageProcessor.from_pretrained(BACKBONE)
     pixel_values = torch.randn(4, 3, 32, 32)
     targets = torch.arange(4)
-    segmenter = SegformerForSemanticSegmentation(
-        SegformerConfig(depths=[1] * 4, hidden_sizes=[8] * 4, decoder_hidden_size=8, num_labels=3)
-    )
+    shape: dict[str, Any] = {"depths": [1] * 4, "hidden_sizes": [8] * 4, "decoder_hidden_size": 8, "num_labels": 3}
+    segmenter = SegformerForSemanticSegmentation(SegformerConfig(**shape))
     cats_and_dogs = pictures(["cat", "dog"], 6, 1)
     given = {"memtune": memtune, "torch": torch, "peft": peft, "backbone": backbone, "processor": processor}
     given |= {"labels": LABELS, "train": pictures(LABELS, 2, 2), "test": pictures(LABELS, 1, 3)}

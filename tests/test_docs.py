@@ -13,15 +13,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 
 import hub_server
 import pytest
 import torch
+import transformers
 from accelerate.commands.launch import launch_command_parser
 from docs_material import make_material, names, publish
 from hub_server import Hub
@@ -73,12 +74,19 @@ def memtune_lines(text: str) -> list[str]:
     return [line for line in shell_lines(text) if line.startswith("memtune ") and "..." not in line]
 
 
-def each_page(pages: list[Path]) -> pytest.MarkDecorator:
-    """Run a test for every page; that of the zoo needs the real backbone."""
-    marks = [pytest.mark.shared] if (ROOT / "adapters").exists() else []
+def each_page(pages: list[Path], **marks: pytest.MarkDecorator) -> pytest.MarkDecorator:
+    """Run a test for every page.
+
+    Args:
+        pages: The pages.
+        marks: Marks of some of them, by the name of the file or of its folder.
+    """
     return pytest.mark.parametrize(
         "page",
-        [pytest.param(page, marks=marks if page.parent.name == "adapters" else []) for page in pages],
+        [
+            pytest.param(page, marks=[marks[name] for name in (page.stem, page.parent.name) if name in marks])
+            for page in pages
+        ],
         ids=[str(page.relative_to(ROOT)) for page in pages],
     )
 
@@ -91,7 +99,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def desk(material: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+def desk(material: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:  # noqa: F811
     """The working directory, a copy of its own, with the Hub at hand, where the reader is `me`."""
     torch.set_num_threads(1)  # waiting for a second thread takes longer than all of a tiny model's arithmetic
     monkeypatch.setitem(hub_server.TOKENS, "writer", ("me", True))
@@ -99,25 +107,31 @@ def desk(material: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         publish(hub, str(folder.relative_to(material / "hub")), folder)
     shutil.copytree(material / "desk", tmp_path / "desk")
     monkeypatch.chdir(tmp_path / "desk")
-    return tmp_path / "desk"
+    yield tmp_path / "desk"
+    transformers.__dict__.pop("TFPreTrainedModel", None)  # which docs/pipelines.md sets
 
 
 def test_every_block_is_found() -> None:
     for page in PAGES:
         assert len(python(page)) == page.read_text().count("```python")
-    assert sum(len(memtune_lines(page.read_text())) for page in PAGES) >= 4
+    assert len(COMMANDS["README.md"]) == (ROOT / "README.md").read_text().count("\nmemtune ")
+    assert len(COMMANDS[HELP]) == 7
 
 
-@each_page([page for page in PAGES if page != PIECES and python(page)])
-def test_python_runs(page: Path, desk: Path, hub: Hub, request: pytest.FixtureRequest) -> None:  # noqa: F811
+@each_page(
+    [page for page in PAGES if page != PIECES and python(page)],
+    adapters=pytest.mark.shared,  # needs the real backbone
+    continual=pytest.mark.slow,  # trains 200 epochs
+    sweep=pytest.mark.slow,  # trains 660 epochs
+)
+def test_python_runs(page: Path, desk: Path, request: pytest.FixtureRequest) -> None:
     """The blocks of a page in turn, with the same names; a traceback shows the page's own lines."""
     if missing := [name for name in PACKAGES.get(page.stem, []) if find_spec(name) is None]:
         pytest.skip(f"{page.name} needs {', '.join(missing)}")
     if page.parent.name == "adapters":
         (desk / "adapters").symlink_to(page.parent)
-        publish(
-            hub, "WinKawaks/vit-tiny-patch16-224", request.getfixturevalue("shared_models") / "vit-tiny-patch16-224"
-        )
+        real = request.getfixturevalue("shared_models") / "vit-tiny-patch16-224"
+        publish(request.getfixturevalue("hub"), "WinKawaks/vit-tiny-patch16-224", real)
     width = re.search(r"nn\.Linear\((\d+),", page.read_text())
     namespace = names(int(width[1]) if width else None)
     for block in python(page):
@@ -134,25 +148,33 @@ def test_pieces_are_those_of_the_example() -> None:
         assert piece.text in example
 
 
-@pytest.mark.parametrize(
-    "text",
-    [page.read_text() for page in PAGES if memtune_lines(page.read_text())] + [cli.build_parser().format_help()],
-    ids=[str(page.relative_to(ROOT)) for page in PAGES if memtune_lines(page.read_text())] + ["memtune --help"],
-)
-def test_the_command_line_runs(text: str, desk: Path) -> None:
-    for line in memtune_lines(text):
-        words = [sorted(glob(word)) if "*" in word else [word] for word in shlex.split(line, comments=True)]
+HELP = "memtune --help"
+COMMANDS = {str(page.relative_to(ROOT)): memtune_lines(page.read_text()) for page in PAGES}
+COMMANDS[HELP] = re.findall(r"^  (memtune .+)$", cli.build_parser().description or "", re.MULTILINE)
+
+
+@pytest.mark.parametrize("place", [place for place, lines in COMMANDS.items() if lines])
+def test_the_command_line_runs(place: str, desk: Path) -> None:
+    for line in COMMANDS[place]:
+        words = [
+            sorted(map(str, Path().glob(word))) if "*" in word else [word] for word in shlex.split(line, comments=True)
+        ]
         assert all(words), f"nothing is named by a pattern of {line!r}"
         _, *arguments = [word for each in words for word in each]
         try:
-            assert cli.main(arguments) == 0, line
+            code = cli.main(arguments)
         except SystemExit as end:  # by which --help ends
-            assert end.code == 0, line
+            code = end.code
+        assert code == 0, line
 
 
 # Programs that would take too long are asked for their options only.
 
 _PROGRAMS = ("memtune ", "python examples/", "accelerate launch ")
+
+
+def options_in(line: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", line))
 
 
 def programs(text: str) -> list[tuple[str, set[str]]]:
@@ -163,12 +185,12 @@ def programs(text: str) -> list[tuple[str, set[str]]]:
     spans = [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
     found: list[tuple[str, set[str]]] = []
     for line in [span for span in spans if span.startswith(_PROGRAMS)] + shell_lines(text):
-        options = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", line))
+        options = options_in(line)
         if line.startswith("accelerate launch "):
-            own, _, rest = line.partition(" examples/")
-            found.append(("accelerate launch", set(re.findall(r" (--[a-z][\w-]*)", own))))
+            own, *rest = re.split(r" (examples/\S+\.py)", line)
+            found.append(("accelerate launch", options_in(own)))
             if rest:
-                found.append((f"examples/{rest.split()[0]}", set(re.findall(r" (--[a-z][\w-]*)", rest))))
+                found.append((rest[0], options_in(rest[1])))
         elif line.startswith(_PROGRAMS):
             words = line.removeprefix("python ").split()
             bare = next((place for place, word in enumerate(words) if not re.match(r"[\w/.]*\w$", word)), len(words))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -342,16 +340,3 @@ def test_in_fit():
     memtune.fit(model, items, items, config=config, callbacks=[token_tune])
     assert token_tune.state_dict() == {"seed": 0, "passes": 12}
     assert all("forward" not in vars(block.module) for block in model._stream.view.blocks)
-
-
-def test_the_code_in_the_docs_runs():
-    text = (Path(__file__).parents[1] / "docs" / "memory.md").read_text()
-    case = BY_NAME["vit"]
-    items = [{"pixel_values": image, "labels": index % 3} for index, image in enumerate(case.images(3))]
-    names: dict[str, Any] = {"torch": torch, "backbone": case.build(), "labels": list("abc"), "processor": None}
-    names |= {"train": items, "batches": [(case.images(3), torch.arange(3))] * 2}
-    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(first, names)
-    exec(second, names)
-    assert len(names["slimfit"].scores) == 2 + 2
-    assert names["token_tune"].state_dict()["passes"] == 2

@@ -1,0 +1,188 @@
+"""Two processes on the CPU: FSDP2 and DeepSpeed as Accelerate runs them, what travels, and what is counted."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
+from distributed_worker import MODELS, build
+
+import memtune
+from memtune.distribution import settle
+from memtune.errors import ConfigError
+
+HERE = Path(__file__).parent
+CONFIGS = HERE.parent / "examples" / "configs"
+BENCHMARK = HERE.parent / "examples" / "benchmarks" / "communication.py"
+
+pytestmark = pytest.mark.slow
+
+
+def launch(program, *arguments, processes, **environment):
+    """Run a program in as many processes, and give what it printed."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(program), *map(str, arguments)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def work(what, out, *, processes, **environment):
+    """The results of each process of `distributed_worker.py`."""
+    out.mkdir(exist_ok=True)
+    launch(HERE / "distributed_worker.py", what, out, processes=processes, **environment)
+    return [json.loads((out / f"results_{rank}.json").read_text()) for rank in range(processes)]
+
+
+def environment_of(name):
+    """What Accelerate's launcher sets for one of the configurations, with the CPU in place of GPUs."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS / f"{name}.yaml"), "program.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    given = prepare_multi_gpu_env(arguments)
+    kept = {key: value for key, value in given.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
+    return kept | {"ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_CPU": "false"}
+
+
+def deepspeed_environment(stage):
+    return {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
+        "ACCELERATE_TORCH_DEVICE": "cpu",
+        "ACCELERATE_USE_CPU": "false",
+        "DS_ACCELERATOR": "cpu",
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process makes of each model."""
+    return work("train", tmp_path_factory.mktemp("alone"), processes=1)[0]
+
+
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp")
+    return folder, work("train", folder, processes=2, **environment_of("fsdp"))
+
+
+@pytest.fixture(scope="module")
+def zero2(tmp_path_factory):
+    if find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed")
+    folder = tmp_path_factory.mktemp("zero2")
+    return folder, work("train", folder, processes=2, **deepspeed_environment(2))
+
+
+def check_same_run(folder, results, alone, name):
+    """Two processes did what one does, and both end with the adapter that was saved."""
+    expected, run = alone[name], results[0][name]
+    for kind in ("history", "resumed"):
+        for entry, other in zip(run[kind], expected[kind], strict=True):
+            assert entry == pytest.approx(other, abs=1e-4)
+    assert run["evaluated"] == pytest.approx(expected["evaluated"], abs=1e-4)
+    assert expected["history"][-1]["loss"] < expected["history"][0]["loss"] - 0.01
+    assert all(each[name]["kept"] for each in results)
+    saved = memtune.load(folder / name.replace(" ", "_"), backbone=build())
+    assert {saved.task.digest()} == {each[name]["digest"] for each in results}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fsdp_trains_what_one_process_trains(fsdp, alone, name):
+    folder, results = fsdp
+    check_same_run(folder, results, alone, name)
+    for each in results:
+        assert each[name]["distributed_type"] == "FSDP"
+        assert 0.4 < each[name]["share"] < 0.6  # of the backbone, while it trains
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_zero_2_trains_what_one_process_trains(zero2, alone, name):
+    folder, results = zero2
+    check_same_run(folder, results, alone, name)
+    assert {each[name]["distributed_type"] for each in results} == {"DEEPSPEED"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, "fsdp_version 1"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading: true"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing: true"),
+    ],
+)
+def test_what_views_cannot_follow_is_refused(tmp_path, changed, message):
+    results = work("refuse", tmp_path, processes=2, **environment_of("fsdp") | changed)
+    assert all(message in each["error"] for each in results)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "message"), [(3, "no", "ZeRO stage 3"), (2, "bf16", "mixed_precision: got 'bf16' with")]
+)
+def test_what_deepspeed_would_change_is_refused(stage, precision, message):
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={})
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    accelerator = SimpleNamespace(state=state, distributed_type=DistributedType.DEEPSPEED)
+    with pytest.raises(ConfigError, match=message):
+        settle(accelerator, memtune.TrainingConfig(mixed_precision=precision))
+    assert not plugin.deepspeed_config
+
+
+def test_deepspeed_that_is_not_installed_is_named(tmp_path):
+    if find_spec("deepspeed"):
+        pytest.skip("it is installed")
+    environment = {"ACCELERATE_USE_DEEPSPEED": "true"}
+    (result,) = work("refuse", tmp_path, processes=1, **environment)
+    assert "cannot start as it was launched: DeepSpeed is not installed" in result["error"]
+
+
+def test_the_configuration_of_deepspeed_is_the_stage_that_was_run():
+    settings = yaml.safe_load((CONFIGS / "deepspeed_zero2.yaml").read_text())
+    assert settings["deepspeed_config"]["zero_stage"] == 2
+    assert settings["mixed_precision"] == "no"
+
+
+def test_only_the_gradients_of_what_is_trained_travel():
+    """Each step's bytes, counted in a communication hook, are four for each trained value."""
+    printed = launch(BENCHMARK, "--quick", "--size", "tiny", processes=2)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    sent = {name: int(counted.replace(",", "")) for name, counted, *_ in rows[2:]}
+    width, head = 192, 10 * 192 + 10
+    memory = 2 * 4 * width  # blocks, tokens
+    assert sent == {
+        "masked memory": 4 * (memory + width + head),
+        "unmasked memory": 4 * (memory + width + head),
+        "LoRA": 4 * (2 * 2 * 8 * 2 * width + head),
+        "full fine-tuning": sent["full fine-tuning"],
+    }
+    config = build().config
+    config.update({"hidden_size": width, "num_attention_heads": 3, "intermediate_size": 768, "patch_size": 16})
+    config.num_labels = 10
+    whole = type(build())(config)
+    assert sent["full fine-tuning"] == 4 * sum(parameter.numel() for parameter in whole.parameters())
+
+
+def test_each_image_counts_once(tmp_path):
+    """Of odd numbers of images two processes have unequal shares; a repeated image would change the mean."""
+    one = work("evaluate", tmp_path / "one", processes=1)[0]
+    two = work("evaluate", tmp_path / "two", processes=2)
+    for each in two:
+        for count, scores in one.items():
+            assert each[count]["accuracy"] == scores["accuracy"]
+            assert each[count]["loss"] == pytest.approx(scores["loss"], abs=1e-6)
+    assert torch.tensor([scores["loss"] for scores in one.values()]).isfinite().all()
