@@ -43,7 +43,7 @@ UNMASKED_ROLES = ("query", "value")
 UNMASKED_RANK = 8
 """As in peft."""
 
-MASKED_RANK = 2
+MASKED_RANK = 4
 """A task stream overfits: higher ranks were no better (docs/results.md)."""
 
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
@@ -65,7 +65,7 @@ class LoraConfig(AdapterConfig):
     """Settings of LoRA; names, meanings and defaults are those of `peft.LoraConfig`.
 
     Args:
-        r: The rank. None for 8 in unmasked mode, as in peft, and for 2 in masked mode.
+        r: The rank. None for 8 in unmasked mode, as in peft, and for 4 in masked mode.
         lora_alpha: The update is scaled by lora_alpha / r. 8, as in peft, whatever the rank is.
         roles: The linear layers to change, of `query`, `key`, `value`, `out`, `fc1`, `fc2`. None for query and value
             in unmasked mode, for all six in masked mode.

@@ -147,7 +147,7 @@ def test_keys_are_roles_and_the_count_is_the_formula(case, dora):
 def test_default_roles_and_rank_depend_on_the_mode(masked):
     tuned = tune(VIT, LoraConfig(), masked=masked)
     assert tuned.task.configs[0].roles == (ROLES if masked else ("query", "value"))
-    assert tuned.task.configs[0].r == (2 if masked else 8)
+    assert tuned.task.configs[0].r == (4 if masked else 8)
     assert read_config(tuned.task.configs[0].to_dict()) == tuned.task.configs[0]
 
 
