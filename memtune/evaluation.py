@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from .distribution import prepare_to_evaluate
 from .metrics import Accuracy
 from .preparation import make_accelerator, make_loader, release
 from .training_config import TrainingConfig
@@ -34,7 +35,8 @@ def evaluate(
     model.task.require_head("evaluate")
     config = config or TrainingConfig(disable_tqdm=True)
     accelerator = make_accelerator(config)
-    prepared, loader = accelerator.prepare(model, make_loader(model, dataset, config, accelerator))
+    loader = make_loader(model, dataset, config, accelerator)
+    prepared, loader = prepare_to_evaluate(accelerator, model, loader)
     training = model.training
     try:
         return measure(accelerator, prepared, loader, config, classes)

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import DataLoader
 
 from .data import Collator, as_items
+from .distribution import settle
 from .errors import ConfigError
 from .training_config import TrainingConfig
 from .trunk_data import cached_dataset
@@ -21,11 +23,16 @@ def make_accelerator(config: TrainingConfig, *, tracking: bool = False) -> Accel
     """An accelerator for the settings; `tracking` with the trackers that they name.
 
     Raises:
-        ConfigError: A tracker is unknown or not installed.
+        ConfigError: A tracker is unknown or not installed; or what the launcher asks for is (DeepSpeed), or shards or
+            casts parameters in a way that views cannot follow.
     """
     # Accelerate keeps the precision of a process's first accelerator, and refuses another one.
-    if AcceleratorState._shared_state.get("_mixed_precision", config.mixed_precision) != config.mixed_precision:
-        AcceleratorState._reset_state()
+    kept = AcceleratorState._shared_state
+    if kept.get("_mixed_precision", config.mixed_precision) != config.mixed_precision:
+        if kept["distributed_type"] == DistributedType.FSDP:  # which a new state would not find again
+            kept["_mixed_precision"] = config.mixed_precision
+        else:
+            AcceleratorState._reset_state()
     trackers: Any = config.report_to if tracking and config.report_to not in ("none", None, []) else None
     try:
         accelerator = Accelerator(
@@ -35,7 +42,9 @@ def make_accelerator(config: TrainingConfig, *, tracking: bool = False) -> Accel
             project_dir=config.output_dir,
         )
     except (ValueError, ImportError) as error:
-        raise ConfigError(f"report_to: got {config.report_to!r}: {error}") from error
+        told = f"report_to: got {config.report_to!r}" if trackers else "Accelerate cannot start as it was launched"
+        raise ConfigError(f"{told}: {error}") from error
+    settle(accelerator, config)
     wanted = len(trackers) if isinstance(trackers, (list, tuple)) else int(trackers is not None)
     if len(accelerator.log_with) < wanted and "all" not in trackers:
         raise ConfigError(

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from .callbacks import TrainingCallback
+from .distribution import sharded
 from .errors import ConfigError
 from .preparation import make_accelerator
 from .training_config import TrainingConfig
@@ -36,7 +37,7 @@ def fit(
     """Train a model's adapter.
 
     Args:
-        model: The model; it is left in evaluation mode, on the device it was trained on.
+        model: The model; it is left in evaluation mode, on the device it was trained on (with FSDP where it was).
         train_dataset: A `datasets.Dataset` with the columns `image` and `label`, which go through the model's
             processor, or any indexable data set of `{"pixel_values": (channels, height, width), "labels": int}`.
         eval_dataset: The same; evaluated after each epoch.
@@ -62,12 +63,14 @@ def fit(
         label_smoothing=config.label_smoothing_factor or 0.0,
         weights=None if config.class_weights is None else torch.tensor(config.class_weights, dtype=torch.float32),
     )
-    run = TrainingRun(make_accelerator(config, tracking=True), model, config, compute_loss, callbacks)
-    try:
-        run.prepare(train_dataset, eval_dataset, resume_from_checkpoint or False)
-        run.train()
-    finally:
-        run.close()
+    accelerator = make_accelerator(config, tracking=True)
+    with sharded(accelerator, model) as trained:
+        run = TrainingRun(accelerator, trained, config, compute_loss, callbacks)
+        try:
+            run.prepare(train_dataset, eval_dataset, resume_from_checkpoint or False)
+            run.train()
+        finally:
+            run.close()
     return run.result()
 
 

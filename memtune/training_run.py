@@ -23,6 +23,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from .averaging import BestValues, MovingAverage
 from .backbones import Backbone
 from .callbacks import TrainingCallback
+from .distribution import average_gradients, is_sharding
 from .evaluation import measure, run_batch
 from .fingerprint import fingerprint
 from .mixing import make_mixing
@@ -103,6 +104,7 @@ class TrainingRun:
     def prepare(self, train_dataset: Any, eval_dataset: Any, resume: bool | str | Path) -> None:
         """Make loaders, optimizer and schedule, and go on from a checkpoint if there is one to go on from."""
         config, accelerator, tuned = self.config, self.accelerator, self._tuned
+        weights = fingerprint(Backbone(tuned.backbone))  # now, while they are whole
         self._order = torch.Generator().manual_seed(config.seed)
         self.progress.order = self._order.get_state()
         evaluation = None if eval_dataset is None else make_loader(tuned, eval_dataset, config, accelerator)
@@ -117,7 +119,7 @@ class TrainingRun:
             callback.on_train_begin(tuned)
             self._begun.append(callback)
         if config.output_dir is not None and (resume or config.save_strategy != "no"):
-            self._open_checkpoints(config.output_dir, len(train_dataset), resume)
+            self._open_checkpoints(config.output_dir, len(train_dataset), weights, resume)
         if accelerator.log_with:
             plain = {each.name: getattr(config, each.name) for each in fields(config)}
             kept = {name: value for name, value in plain.items() if isinstance(value, (bool, int, float, str))}
@@ -126,11 +128,11 @@ class TrainingRun:
         # Not smoothed, so that the time left counts what evaluations and checkpoints take.
         self._bar = tqdm(total=self.steps, initial=self.progress.step, smoothing=0, disable=quiet, unit="step")
 
-    def _open_checkpoints(self, folder: str | Path, images: int, resume: bool | str | Path) -> None:
+    def _open_checkpoints(self, folder: str | Path, images: int, weights: Any, resume: bool | str | Path) -> None:
         settings = describe_run(
             self._tuned,
             self.config,
-            backbone=fingerprint(Backbone(self._tuned.backbone)),
+            backbone=weights,
             train_images=images,
             processes=self.accelerator.num_processes,
         )
@@ -198,8 +200,10 @@ class TrainingRun:
             if (penalty := self._tuned.task.penalty()) is not None:
                 loss = loss + penalty
             self.accelerator.backward(loss)
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            if self.accelerator.sync_gradients and is_sharding(self.accelerator):
+                average_gradients(self.accelerator, trained)
             if self.accelerator.sync_gradients and self.config.max_grad_norm:
-                trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
                 self.accelerator.clip_grad_norm_(trained, self.config.max_grad_norm)
             self._optimizer.step()
             self._optimizer.zero_grad()

@@ -1,8 +1,8 @@
 """What one of several processes does in the tests of distributed training: a module to run, not to import.
 
-    python tests/distributed_worker.py train OUT      fit each model of `MODELS` twice; the losses and adapters to OUT
-    python tests/distributed_worker.py evaluate OUT   evaluate a model on an odd number of images
-    python tests/distributed_worker.py refuse OUT     what `fit` says of how it was launched
+python tests/distributed_worker.py train OUT      fit each model of `MODELS` twice; the losses and adapters to OUT
+python tests/distributed_worker.py evaluate OUT   evaluate a model on an odd number of images
+python tests/distributed_worker.py refuse OUT     what `fit` says of how it was launched
 """
 
 from __future__ import annotations
@@ -86,14 +86,22 @@ def train(out):
         if not masked:
             resumed.activation_checkpointing_enable()
         again = memtune.fit(
-            resumed, items(48), items(9), run, resume_from_checkpoint=folder / "run" / "checkpoint-3", callbacks=[Shards()]
+            resumed,
+            items(48),
+            items(9),
+            run,
+            resume_from_checkpoint=folder / "run" / "checkpoint-3",
+            callbacks=[Shards()],
         )
+        deepspeed = PartialState().distributed_type == DistributedType.DEEPSPEED  # with which it is refused
+        other = memtune.TrainingConfig(mixed_precision="no" if deepspeed else "bf16", disable_tqdm=True)
         after = model.backbone.state_dict()
         kept = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
         results[name] = {
             "history": [{key: entry[key] for key in ("loss", "eval_loss")} for entry in result.history],
             "resumed": [{key: entry[key] for key in ("loss", "eval_loss")} for entry in again.history],
             "evaluated": memtune.evaluate(model, items(9))["loss"],
+            "in bf16": memtune.evaluate(model, items(9), other)["loss"],
             "share": shards.values / sum(parameter.numel() for parameter in model.backbone.parameters()),
             "digest": model.task.digest(),
             "kept": kept,
