@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
         add(f"--{name}", type=int, default=getattr(defaults, name), help="%(default)s")
     add("--lr_scheduler_type", default=defaults.lr_scheduler_type, help="%(default)s")
     add("--optim", default=defaults.optim, choices=["adamw", "sgd"], help="%(default)s")
-    add("--mixed_precision", default="no", choices=["no", "bf16", "fp16"], help="%(default)s")
+    add("--mixed_precision", choices=["no", "bf16", "fp16"], help="by default what accelerate launch was told, or no")
     add("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
     args = parser.parse_args()
     if args.method == "full" and args.masked:

@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
         add(f"--{name}", type=int, default=getattr(defaults, name), help="%(default)s")
     add("--seed", type=int, default=defaults.seed, help="of the trials, the images held out and the search")
     add("--image_size", type=int, help="height and width in pixels, in place of the processor's")
-    add("--mixed_precision", default="no", choices=["no", "bf16", "fp16"], help="%(default)s")
+    add("--mixed_precision", choices=["no", "bf16", "fp16"], help="by default what accelerate launch was told, or no")
     add("--trunk_cache", help="a folder for what the trunk makes of each image, computed once (--masked)")
     add("--trunk_cache_dtype", default=defaults.trunk_cache_dtype, help="%(default)s")
     add("--cpu", action="store_true", help="train on the CPU even where there is a GPU")

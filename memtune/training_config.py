@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,7 +115,7 @@ class TrainingConfig:
         cutmix_alpha: The same for rectangles of one image in another (1.0 is usual).
         ema_decay: Evaluate, and end with, a moving average of the trained values, which keeps this share of itself at
             each step; None for the values themselves.
-        mixed_precision: "no", "bf16" or "fp16".
+        mixed_precision: "no", "bf16" or "fp16"; None for what `accelerate launch` was told, "no" without it.
         image_size: Height and width in pixels to train at, in place of the processor's; positions are interpolated.
         on_error: "raise" at an image that cannot be read, or "skip" it.
         dataloader_num_workers: Processes that read images; 0 for none beside this one.
@@ -157,7 +158,7 @@ class TrainingConfig:
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
     ema_decay: float | None = None
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     image_size: int | None = None
     on_error: Literal["raise", "skip"] = "raise"
     dataloader_num_workers: int = 0
@@ -177,6 +178,8 @@ class TrainingConfig:
     trunk_cache_max_gb: float | None = None
 
     def __post_init__(self) -> None:
+        if self.mixed_precision is None:
+            object.__setattr__(self, "mixed_precision", os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
         for name, (expected, holds) in _RULES.items():
             value = getattr(self, name)
             if not holds(value) and not (value is None and name in _OPTIONAL):

@@ -99,7 +99,7 @@ def cached_dataset(
     assert config.trunk_cache is not None
     images, labels, transform = _identify(items)
     transform["interpolate"] = config.image_size is not None
-    context = describe_trunk(Backbone(model.backbone), transform, config.mixed_precision)
+    context = describe_trunk(Backbone(model.backbone), transform, config.mixed_precision or "no")
     cache = TrunkCache(config.trunk_cache, context, dtype=config.trunk_cache_dtype)
     _Filler(model.to(accelerator.device), items, cache, config, accelerator).fill(images)
     found = [None if image is None or not cache.path(image).is_file() else image for image in images]

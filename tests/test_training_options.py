@@ -224,6 +224,16 @@ def test_a_wrong_setting_is_named(wrong):
         TrainingConfig(**wrong)
 
 
+def test_the_precision_is_the_launchers_where_none_is_given(monkeypatch):
+    assert TrainingConfig().mixed_precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert TrainingConfig().mixed_precision == "bf16"
+    assert TrainingConfig(mixed_precision="no").mixed_precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ConfigError, match="mixed_precision: got 'fp8', expected one of"):
+        TrainingConfig()
+
+
 def test_every_setting_is_an_option_of_the_command_line():
     parser = argparse.ArgumentParser()
     add_training_arguments(parser, save_total_limit=2)
