@@ -170,10 +170,7 @@ def stream_attention(
     on_trunk, *on_own = weights.split(widths, dim=-1)
     if memtune_pass.weights is not None:
         memtune_pass.weights.append([on_trunk, *on_own])
-    context = on_trunk @ trunk.value.to(query.dtype)
-    for reader in site.readers:
-        more = reader.context(on_trunk, trunk.value)
-        context = context if more is None else context + more.to(context.dtype)
+    context = _trunk_context(site, trunk, on_trunk)
     if memtune_pass.own_key:
         context = context + on_own.pop(0) * value
     for each, weight in zip(further, on_own, strict=True):
@@ -183,12 +180,54 @@ def stream_attention(
 
 def _trunk_scores(site: Site, trunk: TrunkBlock, query: Tensor) -> Tensor:
     """Scores of scaled queries on the trunk's keys, (rows, heads, tasks, tokens)."""
-    # Made contiguous first: a copy of whole rows is far cheaper than the transposed one that the product would make.
-    scores = query @ trunk.key.to(query.dtype).contiguous().mT
-    for reader in site.readers:
-        more = reader.scores(query, trunk.key)
-        scores = scores if more is None else scores + more.to(scores.dtype)
+    key = trunk.key.to(query.dtype)
+    if _reads_side_by_side(site, query):
+        wide = _in_own_part(query)
+        for reader in site.readers:
+            more = reader.queries(query)
+            wide = wide if more is None else wide + more.to(wide.dtype)
+        scores = (wide.flatten(1, 2) @ _side_by_side(key).mT).unflatten(1, query.shape[1:3])
+    else:
+        # Made contiguous first: a copy of whole rows is far cheaper than the transposed one that the product makes.
+        scores = query @ key.contiguous().mT
     return scores if trunk.bias is None else scores + trunk.bias
+
+
+def _trunk_context(site: Site, trunk: TrunkBlock, weights: Tensor) -> Tensor:
+    """What weights (rows, heads, tasks, tokens) take of the trunk's values, (rows, heads, tasks, head width)."""
+    value = trunk.value.to(weights.dtype)
+    if not _reads_side_by_side(site, weights):
+        return weights @ value
+    wide = (weights.flatten(1, 2) @ _side_by_side(value)).unflatten(1, weights.shape[1:3])
+    context = _own_part(wide)
+    for reader in site.readers:
+        more = reader.context(wide)
+        context = context if more is None else context + more.to(context.dtype)
+    return context
+
+
+def _reads_side_by_side(site: Site, asking: Tensor) -> bool:
+    """Whether to treat all heads as one, with a query of the whole width for each task and head.
+
+    Such queries can ask for what other heads have, as readers do. They take as many times the multiply-adds as there
+    are heads, but no copy of keys and values, which lie side by side: for one task the copy takes longer.
+    """
+    return bool(site.readers) or asking.shape[2] == 1
+
+
+def _side_by_side(states: Tensor) -> Tensor:
+    """States (rows, heads, tokens, head width) as (rows, tokens, width): no copy of what a linear layer has made."""
+    return states.transpose(1, 2).flatten(2)
+
+
+def _in_own_part(query: Tensor) -> Tensor:
+    """Queries (rows, heads, tasks, head width), each where its head is of the width: (rows, heads, tasks, width)."""
+    return query.permute(0, 2, 3, 1).diag_embed(dim1=1, dim2=3).flatten(3)
+
+
+def _own_part(wide: Tensor) -> Tensor:
+    """Of (rows, heads, tasks, width) what is each head's own, (rows, heads, tasks, head width)."""
+    return wide.unflatten(3, (wide.shape[1], -1)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
 
 
 def _further_scores(further: KeysValues, query: Tensor) -> Tensor:

@@ -29,17 +29,31 @@ KeyValueSource = Callable[[Block, "Pass"], KeysValues]
 
 
 class TrunkReader(Protocol):
-    """How task tokens see the trunk's keys and values: K' and V' that differ from K and V by what is added here.
+    """How task tokens see the trunk's keys and values: K' and V', linear in K and V with all heads side by side.
 
-    Neither is ever made: only what the difference adds to the scores of a query and to its context.
+    Neither is ever made: only queries that get from K what K' has more, and what V' has more of a context.
     """
 
-    def scores(self, query: Tensor, key: Tensor) -> Tensor | None:
-        """The scores q (K' - K)^T of queries (rows, heads, tasks, head width), K (rows, heads, tokens, head width)."""
+    def queries(self, query: Tensor) -> Tensor | None:
+        """Queries x on K, all heads side by side, that give what K' has more: x K^T = q (K' - K)^T.
+
+        Args:
+            query: q, (rows, heads, tasks, head width).
+
+        Returns:
+            (rows, heads, tasks, width), or None if K' is K.
+        """
         ...
 
-    def context(self, weights: Tensor, value: Tensor) -> Tensor | None:
-        """The context p (V' - V), (rows, heads, tasks, head width), of weights p (rows, heads, tasks, tokens)."""
+    def context(self, context: Tensor) -> Tensor | None:
+        """What V' has more, p (V' - V).
+
+        Args:
+            context: p V of V with all heads side by side, (rows, heads, tasks, width).
+
+        Returns:
+            (rows, heads, tasks, head width), or None if V' is V.
+        """
         ...
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .attention import Site, check_visited, install
 from .backbones import Backbone
+from .casting import keep_casts
 from .passes import Pass
 from .stacking import Selection
 
@@ -179,6 +180,7 @@ class TaskStream:
         self.sites: list[Site] = install(self.view, "memtune_stream")
         for block in self.view.blocks:
             self.view.family.prepare_stream(block.module)
+            keep_casts(block.module)
 
     def features(self, current: Pass, class_tokens: Tensor) -> Tensor:
         """Features (batch, tasks, width) of tasks.

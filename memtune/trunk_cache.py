@@ -13,7 +13,7 @@ import json
 import shutil
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -26,7 +26,7 @@ from .backbones import Backbone
 from .errors import ConfigError, MemtuneError
 from .passes import Pass, TrunkBlock
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 """What keys and values can be kept as; int8 with a scale for each token and head."""
@@ -34,8 +34,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 CacheType: TypeAlias = Literal["float32", "float16", "bfloat16", "int8"]
 
 Entry: TypeAlias = dict[str, Tensor]
-"""Of one image: `keys` and `values` (blocks, heads, tokens, head width), `query` (width); where the blocks have a bias
-`bias` (blocks, heads, 1, tokens); of int8 `keys_scale` and `values_scale` (blocks, heads, tokens, 1)."""
+"""Of one image: `keys` and `values` (blocks, tokens, heads, head width), `query` (width); where the blocks have a bias
+`bias` (blocks, heads, 1, tokens); of int8 `keys_scale` and `values_scale` (blocks, tokens, heads, 1)."""
 
 _NOT_OF_THE_TRUNK = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type")
 _NOT_OF_THE_TRUNK += ("torch_dtype", "transformers_version")
@@ -78,7 +78,7 @@ class TrunkCache:
             ("keys", [block.key[row] for block in current.trunk]),
             ("values", [block.value[row] for block in current.trunk]),
         ):
-            stacked = torch.stack(parts)
+            stacked = torch.stack(parts).transpose(1, 2).contiguous()
             if self.dtype == "int8":
                 stacked, scale = _quantize(stacked)
                 entry[f"{name}_scale"] = scale.cpu()
@@ -180,20 +180,9 @@ def digest_of(data: bytes | Tensor) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def stack_entries(entries: Sequence[Entry]) -> dict[str, Any]:
-    """A batch of entries: `query` (batch, width), all else a list with (batch, ...) for each block."""
-    batch: dict[str, Any] = {}
-    for name, first in entries[0].items():
-        if name == "query":
-            batch[name] = torch.stack([entry[name] for entry in entries])
-        else:
-            batch[name] = [torch.stack([entry[name][block] for entry in entries]) for block in range(len(first))]
-    return batch
-
-
 def to_pass(batch: Mapping[str, Any]) -> Pass:
-    """What `stack_entries` gave, as the pass that the trunk would have filled."""
-    keys, values = (_dequantized(batch, name) for name in ("keys", "values"))
+    """What `BatchReader.read` gave, as the pass that the trunk would have filled."""
+    keys, values = ([each.transpose(1, 2) for each in _dequantized(batch, name)] for name in ("keys", "values"))
     biases = batch.get("bias", [None] * len(keys))
     blocks = [TrunkBlock(*each) for each in zip(keys, values, biases, strict=True)]
     return Pass(visited=list(range(len(blocks))), trunk=blocks, query=batch.get("query"))

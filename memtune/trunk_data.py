@@ -16,7 +16,8 @@ from .checks import check_label_range
 from .data import ImageDataset
 from .errors import ConfigError, InputError
 from .training_config import TrainingConfig
-from .trunk_cache import Entry, TrunkCache, describe_trunk, digest_of, stack_entries
+from .trunk_cache import TrunkCache, describe_trunk, digest_of
+from .trunk_reader import BatchReader
 from .tuned import TunedModel
 
 logger = logging.getLogger(__name__)
@@ -40,13 +41,13 @@ class CachedDataset(Dataset):
         return len(self._images)
 
     def __getitem__(self, index: int) -> dict[str, Any] | None:
-        """The entry as `trunk`, and the label as `labels`; None for an image that is skipped."""
+        """Where the entry is as `trunk`, and the label as `labels`; None for an image that is skipped."""
         image = self._images[index]
-        return None if image is None else {"trunk": self._cache.read(image), "labels": self._labels[index]}
+        return None if image is None else {"trunk": self._cache.path(image), "labels": self._labels[index]}
 
 
 class CachedCollator:
-    """Puts items of a `CachedDataset` together to a batch: `labels` (batch,), and `trunk` as `stack_entries` gives it.
+    """Makes a batch of items of a `CachedDataset`: `labels` (batch,), and `trunk` as `BatchReader.read` gives it.
 
     Args:
         classes: Number of classes; a label outside is refused.
@@ -54,16 +55,16 @@ class CachedCollator:
 
     def __init__(self, classes: int) -> None:
         self._classes = classes
+        self._reader = BatchReader()
 
     def __call__(self, items: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
         """One batch; items that are None are left out."""
-        read = [item for item in items if item is not None]
-        if not read:
+        found = [item for item in items if item is not None]
+        if not found:
             raise InputError(f"none of the {len(items)} images of a batch can be read")
-        labels = torch.as_tensor([item["labels"] for item in read])
+        labels = torch.as_tensor([item["labels"] for item in found])
         check_label_range(labels, self._classes)
-        entries: list[Entry] = [item["trunk"] for item in read]
-        return {"labels": labels, "trunk": stack_entries(entries)}
+        return {"labels": labels, "trunk": self._reader.read([item["trunk"] for item in found])}
 
 
 def check_cacheable(model: TunedModel) -> None:

@@ -91,23 +91,31 @@ def test_stream_attention(module: Any, bias: bool, own_key: bool) -> None:
     torch.testing.assert_close(output, attend(query, keys, values, full), atol=1e-6, rtol=1e-5)
 
 
-class Shift:
-    """A reader that sees keys one larger and values one smaller."""
+class Mixed:
+    """A reader to which each head's keys and values are its own and those of the head before it."""
 
-    def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        return query @ torch.ones_like(key).mT
+    def queries(self, query: Tensor) -> Tensor:
+        wide = query.new_zeros(*query.shape[:3], HEADS, WIDTH)
+        for head in range(HEADS):
+            wide[:, head, :, head - 1] = query[:, head]
+        return wide.flatten(3)
 
-    def context(self, weights: Tensor, value: Tensor) -> Tensor:
-        return weights @ -torch.ones_like(value)
+    def context(self, context: Tensor) -> Tensor:
+        parts = context.unflatten(3, (HEADS, WIDTH))
+        return torch.stack([parts[:, head, :, head - 1] for head in range(HEADS)], dim=1)
 
 
-def test_readers_change_what_a_task_sees_of_the_trunk(module: Any) -> None:
-    query, key, value, trunk_key, trunk_value = tensors(1, 1, 1, 5, 5)
-    module.memtune_site.readers += [Shift(), Shift()]
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_readers_change_what_tasks_see_of_the_trunk(module: Any, tasks: int) -> None:
+    query, key, value, trunk_key, trunk_value = tensors(tasks, tasks, tasks, 5, 5)
+    module.memtune_site.readers += [Mixed(), Mixed()]
     current = Pass(trunk=[TrunkBlock(key, value, None), TrunkBlock(trunk_key, trunk_value, None)])
     output, _ = stream_attention(module, query, key, value, None, memtune_pass=current, scaling=WIDTH**-0.5)
-    keys, values = torch.cat([trunk_key + 2, key], dim=2), torch.cat([trunk_value - 2, value], dim=2)
-    torch.testing.assert_close(output, attend(query, keys, values), atol=1e-6, rtol=1e-5)
+    mixed_key, mixed_value = (each + 2 * each.roll(1, dims=1) for each in (trunk_key, trunk_value))
+    for task in range(tasks):
+        one = slice(task, task + 1)
+        keys, values = torch.cat([mixed_key, key[:, :, one]], dim=2), torch.cat([mixed_value, value[:, :, one]], dim=2)
+        torch.testing.assert_close(output[:, one], attend(query[:, :, one], keys, values), atol=1e-6, rtol=1e-5)
 
 
 def test_each_of_several_task_tokens_sees_itself_and_what_is_its_own(module: Any) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from backbone_zoo import BY_NAME
 from PIL import Image
@@ -21,8 +20,9 @@ from memtune.backbones import Backbone
 from memtune.errors import ConfigError, InputError, MemtuneError
 from memtune.preparation import make_accelerator
 from memtune.streams import Trunk
-from memtune.trunk_cache import TrunkCache, describe_trunk, stack_entries, to_pass
+from memtune.trunk_cache import TrunkCache, describe_trunk, to_pass
 from memtune.trunk_data import cached_dataset
+from memtune.trunk_reader import BatchReader
 
 QUICK = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "disable_tqdm": True}
 PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})
@@ -131,10 +131,64 @@ def test_smaller_types_take_less(tmp_path):
     assert sizes[0] > 1.4 * sizes[1] > 1.4 * sizes[2]
 
 
-def test_whole_numbers_are_near_the_states():
-    current, _ = Trunk(Backbone(BY_NAME["vit"].build())).run(BY_NAME["vit"].images())
-    cache = TrunkCache("unused", {}, dtype="int8")
-    kept = to_pass(stack_entries([safetensors.torch.load(cache.encode(current, row)) for row in range(2)]))
+def write(folder, name="beit", seed=0, dtype="float32"):
+    """A trunk's pass over two images, and the paths of their entries."""
+    images = torch.randn(BY_NAME[name].images().shape, generator=torch.Generator().manual_seed(seed))
+    current, _ = Trunk(Backbone(BY_NAME[name].build())).run(images)
+    cache = TrunkCache(folder, {"of": name}, dtype=dtype)
+    names = [f"{seed}{row}" for row in range(len(images))]
+    for row, image in enumerate(names):
+        cache.write(image, cache.encode(current, row))
+    return current, [cache.path(image) for image in names]
+
+
+@pytest.mark.parametrize("name", ["vit", "beit", "siglip"])
+def test_a_batch_is_what_the_trunk_left(name, tmp_path):
+    current, paths = write(tmp_path, name)
+    kept = to_pass(BatchReader().read(paths))
+    assert (kept.query is None) == (current.query is None)
+    assert kept.query is None or torch.equal(kept.query, current.query)
+    for block, own in zip(kept.trunk, current.trunk, strict=True):
+        assert torch.equal(block.key, own.key)
+        assert torch.equal(block.value, own.value)
+        assert (block.bias is None) == (own.bias is None)
+        assert block.bias is None or torch.equal(block.bias, own.bias.expand(len(paths), -1, -1, -1))
+
+
+def test_memory_is_used_again_once_its_batch_is_gone(tmp_path):
+    (first, paths), (second, others) = write(tmp_path), write(tmp_path, seed=1)
+    reader = BatchReader()
+    one = to_pass(reader.read(paths))
+    kept = one.trunk[-1].value[1]
+    other = to_pass(reader.read(others))
+    place = other.trunk[0].key.data_ptr()
+    assert torch.equal(one.trunk[0].key, first.trunk[0].key)  # not in the memory of the second
+    assert torch.equal(other.trunk[0].key, second.trunk[0].key)
+    del one, other
+    third = to_pass(reader.read(paths))
+    assert third.trunk[0].key.data_ptr() == place
+    assert torch.equal(third.trunk[0].key, first.trunk[0].key)
+    assert torch.equal(kept, first.trunk[-1].value[1])  # one small view keeps all of its batch
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "of another shape", "no entry"])
+def test_what_changes_while_it_is_read_is_named(damage, tmp_path):
+    _, paths = write(tmp_path)
+    _, others = write(tmp_path, "vit")
+    change = {
+        "missing": lambda path: path.unlink(),
+        "cut": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+        "of another shape": lambda path: path.write_bytes(others[1].read_bytes()),
+        "no entry": lambda path: path.write_bytes(b"no safetensors at all"),
+    }
+    change[damage](paths[1])
+    with pytest.raises(MemtuneError, match="has been changed during the run"):
+        BatchReader().read(paths)
+
+
+def test_whole_numbers_are_near_the_states(tmp_path):
+    current, paths = write(tmp_path, "vit", dtype="int8")
+    kept = to_pass(BatchReader().read(paths))
     for block, own in zip(kept.trunk, current.trunk, strict=True):
         for states, expected in ((block.key, own.key), (block.value, own.value)):
             worst = (states.float() - expected).abs().amax(dim=-1) / expected.abs().amax(dim=-1)
@@ -188,11 +242,11 @@ def test_a_damaged_entry_is_computed_again(damage, tmp_path, passes):
 def test_an_entry_that_vanishes_in_a_run_is_named(tmp_path):
     train(tuned(), items(), tmp_path)
     model, config = tuned(), TrainingConfig(**QUICK, trunk_cache=tmp_path, trunk_cache_dtype="float32")
-    dataset, _ = cached_dataset(model, items(), config, make_accelerator(config))
+    dataset, collator = cached_dataset(model, items(), config, make_accelerator(config))
     for path in entries(tmp_path):
         path.unlink()
     with pytest.raises(MemtuneError, match="has been changed during the run"):
-        dataset[0]
+        collator([dataset[0]])
 
 
 def changed(name):

@@ -241,47 +241,39 @@ def _peft_layer(base: nn.Module, config: LoraConfig) -> Any:
 class SeenUpdates:
     """Lets tasks see K' and V' without computing them (a `memtune.passes.TrunkReader`).
 
-    A task token has one query in each head h, so that the updates need only be known in the r dimensions of A:
+    A task token has one query in each head h, so the updates are folded into what asks and what is answered:
 
-        q_h K'_h^T = q_h K_h^T + (s q_h B_h) (K A^T)^T,    p V'_h = p V_h + s (p (V A^T)) B_h^T
+        q_h K'_h^T = q_h K_h^T + (s q_h B_h A) K^T,    p V'_h = p V_h + s (p V) A^T B_h^T
 
-    For N tokens of width D this takes 2 N D r multiply-adds, and K' and V' themselves 4 N D r. (To fold A into the
-    query and the context as well takes 2 N D H for H heads, so it is cheaper where H < r.)
+    where B_h has the rows of B that are the head's. Keys and values are read once, whatever the rank.
 
     Args:
         key: The matrices of the keys' update, or None.
         value: Those of the values'.
-        dropout: What the input of A goes through in training.
+        dropout: What the input of A goes through in training: the same for all tokens of an image.
     """
 
     def __init__(self, key: Matrices | None, value: Matrices | None, dropout: nn.Module | None = None) -> None:
         self._key, self._value, self._dropout = key, value, dropout
 
-    def scores(self, query: Tensor, key: Tensor) -> Tensor | None:
-        """The scores q (K' - K)^T of queries (rows, heads, tasks, head width), K (rows, heads, tokens, head width)."""
+    def queries(self, query: Tensor) -> Tensor | None:
+        """The queries s q_h B_h A, (rows, heads, tasks, width), of q (rows, heads, tasks, head width)."""
         if self._key is None:
             return None
-        down, up = self._key()
-        up = up.unflatten(-1, (query.shape[1], -1)).to(query.dtype)  # (rows, tasks, r, heads, head width)
-        asked = torch.einsum("nhtd,ntrhd->nthr", query, up)
-        return torch.einsum("nthr,ntzr->nhtz", asked, self._reduce(key, down).to(asked.dtype))
+        down, up = (each.to(query.dtype) for each in self._key())
+        reduced = torch.einsum("nhtd,ntrhd->nhtr", query, up.unflatten(-1, (query.shape[1], -1)))
+        return self._dropped(torch.einsum("nhtr,ntwr->nhtw", reduced, down))
 
-    def context(self, weights: Tensor, value: Tensor) -> Tensor | None:
-        """The context p (V' - V) of weights (rows, heads, tasks, tokens), V (rows, heads, tokens, head width)."""
+    def context(self, context: Tensor) -> Tensor | None:
+        """The context s (p V) A^T B_h^T, (rows, heads, tasks, head width), of p V (rows, heads, tasks, width)."""
         if self._value is None:
             return None
-        down, up = self._value()
-        reduced = self._reduce(value, down).to(weights.dtype)
-        up = up.unflatten(-1, (value.shape[1], -1)).to(weights.dtype)
-        return torch.einsum("nthr,ntrhd->nhtd", torch.einsum("nhtz,ntzr->nthr", weights, reduced), up)
+        down, up = (each.to(context.dtype) for each in self._value())
+        reduced = torch.einsum("nhtw,ntwr->nhtr", self._dropped(context), down)
+        return torch.einsum("nhtr,ntrhd->nhtd", reduced, up.unflatten(-1, (context.shape[1], -1)))
 
-    def _reduce(self, states: Tensor, down: Tensor) -> Tensor:
-        """A applied to keys or values, all heads side by side: (rows, tasks, tokens, r)."""
-        states = states.transpose(1, 2).flatten(2)
-        if not torch.is_autocast_enabled(states.device.type):  # which has a type of its own for the product
-            states = states.to(down.dtype)
-        states = states if self._dropout is None else self._dropout(states)
-        return torch.einsum("nzd,ntdr->ntzr", states, down)
+    def _dropped(self, states: Tensor) -> Tensor:
+        return states if self._dropout is None else self._dropout(states)
 
 
 class UpdateStack:

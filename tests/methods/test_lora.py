@@ -18,7 +18,7 @@ from memtune import wrap
 from memtune.backbones import Backbone
 from memtune.errors import ConfigError
 from memtune.methods import LoraConfig, MemoryConfig
-from memtune.methods.lora import LoraAdapter, SeenUpdates
+from memtune.methods.lora import LoraAdapter
 from memtune.passes import Pass
 from memtune.registry import as_config, read_config
 
@@ -246,49 +246,62 @@ def test_masked_equals_the_formula_written_out():
     torch.testing.assert_close(tuned(VIT.images(3)).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-class SlowUpdates(SeenUpdates):
-    """The same with K' and V' computed."""
+def seen(matrices, states):
+    """K' or V', (batch, heads, tokens, head width)."""
+    (down,), (up,) = (each[0] for each in matrices())
+    merged = states.transpose(1, 2).flatten(2)  # (batch, tokens, width)
+    return (merged + merged @ down @ up).unflatten(2, (states.shape[1], -1)).transpose(1, 2)
 
-    @staticmethod
-    def seen(matrices, states):
-        (down,), (up,) = (each[0] for each in matrices())
-        merged = states.transpose(1, 2).flatten(2)  # (batch, tokens, width)
-        return (merged + merged @ down @ up).unflatten(2, (states.shape[1], -1)).transpose(1, 2)
 
-    def scores(self, query, key):
-        return None if self._key is None else query @ (self.seen(self._key, key) - key).mT
+def slow_scores(site, trunk, query):
+    key = trunk.key
+    key = key + sum(seen(reader._key, key) - key for reader in site.readers if reader._key)
+    return query @ key.mT + (0 if trunk.bias is None else trunk.bias)
 
-    def context(self, weights, value):
-        return None if self._value is None else weights @ (self.seen(self._value, value) - value)
+
+def slow_context(site, trunk, weights):
+    value = trunk.value
+    return weights @ (value + sum(seen(reader._value, value) - value for reader in site.readers if reader._value))
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """A function after which K' and V' are computed."""
+
+    def patch():
+        monkeypatch.setattr("memtune.attention._trunk_scores", slow_scores)
+        monkeypatch.setattr("memtune.attention._trunk_context", slow_context)
+
+    return patch
 
 
 @each([case for case in GLOBAL if case in FAMILIES])
-def test_folded_keys_and_values_equal_the_slow_formula(case, monkeypatch):
-    assert_folded_equals_slow(case, ROLES, "sdpa", monkeypatch)
+def test_folded_keys_and_values_equal_the_slow_formula(case, slow):
+    assert_folded_equals_slow(case, ROLES, "sdpa", slow)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("roles", [ROLES, ("key",), ("value",)], ids="+".join)
 @each([BY_NAME["vit"], BY_NAME["beit"]])
-def test_folding_either_role_equals_the_slow_formula(case, roles, attention, monkeypatch):
-    assert_folded_equals_slow(case, roles, attention, monkeypatch)
+def test_folding_either_role_equals_the_slow_formula(case, roles, attention, slow):
+    assert_folded_equals_slow(case, roles, attention, slow)
 
 
-def assert_folded_equals_slow(case, roles, attention, monkeypatch):
+def assert_folded_equals_slow(case, roles, attention, slow):
     backbone = case.build()
     backbone.set_attn_implementation(attention)
     several = [LoraConfig(r=3, roles=roles), MemoryConfig(2)]
     tuned = scramble(tune(case, several, masked=True, backbone=backbone))
     folded = tuned(case.images()).logits
-    monkeypatch.setattr("memtune.methods.lora.SeenUpdates", SlowUpdates)
+    slow()
     torch.testing.assert_close(folded, tuned.eval()(case.images()).logits, atol=2e-5, rtol=2e-5)
 
 
-def test_folding_composes_for_ranks_of_their_own(monkeypatch):
+def test_folding_composes_for_ranks_of_their_own(slow):
     ranks = [LoraConfig(r=3, roles=("key",)), LoraConfig(r=5, roles=("value",)), LoraConfig(r=2, roles=("query",))]
     tuned = scramble(tune(VIT, ranks, masked=True))
     folded = tuned(VIT.images()).logits
-    monkeypatch.setattr("memtune.methods.lora.SeenUpdates", SlowUpdates)
+    slow()
     torch.testing.assert_close(folded, tuned.eval()(VIT.images()).logits, atol=1e-5, rtol=1e-5)
 
 
