@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -10,9 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.backbone_utils import BackboneMixin
 
 from .errors import UnsupportedBackboneError
 from .families import PLAIN_TOWERS, TOWERS, Family
+from .fused import LinearPart
+from .timm_models import timm_class, wrap_timm
+from .timm_towers import TOWER, check_timm, find_timm_tower
 from .views import shadow
 
 
@@ -25,6 +30,23 @@ def _descend(module: nn.Module, path: str) -> Iterator[nn.Module]:
 
 def _pair(size: Any) -> tuple[int, int]:
     return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+
+
+def as_pretrained(model: nn.Module) -> PreTrainedModel:
+    """A model as one of transformers': itself, or the wrapper of a timm model, which stays as it is.
+
+    Raises:
+        UnsupportedBackboneError: It is neither.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model
+    if timm_class(model) is not None:
+        check_timm(model)
+        return wrap_timm(model)
+    raise UnsupportedBackboneError(
+        f"got {type(model).__name__}, expected a transformers model with one of the towers {sorted(TOWERS)}, or timm's "
+        f"{TOWER}"
+    )
 
 
 class Block:
@@ -53,6 +75,15 @@ class Block:
         parent, _, name = self._path(role).rpartition(".")
         self.module.get_submodule(parent)._modules[name] = module
 
+    @contextmanager
+    def changing(self, role: str) -> Iterator[Any]:
+        """The linear layer in a role, to change its weight: of a part of a fused layer a copy, then written back."""
+        layer = self[role]
+        own = layer.separate() if isinstance(layer, LinearPart) else layer
+        yield own
+        if isinstance(layer, LinearPart):
+            layer.write(own)
+
     @property
     def width(self) -> int:
         """Width of the tokens."""
@@ -73,25 +104,23 @@ class Backbone:
     """A supported Hugging Face vision model, or a view of one, as blocks and roles.
 
     Attributes:
-        model: The model as it was given (with its own head, or two towers).
+        model: The model as it was given (with its own head, or two towers); a timm model in transformers' wrapper.
         tower: The vision transformer inside it.
         family: The row of `TOWERS` that describes the tower.
         blocks: The tower's blocks in the order of computation.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if not isinstance(model, PreTrainedModel):
-            raise UnsupportedBackboneError(
-                f"got {type(model).__name__}, expected a transformers model with one of the towers {sorted(TOWERS)}"
-            )
-        self.model: PreTrainedModel = model
-        self.tower, self.family = self._find_tower(model)
+        self.model = as_pretrained(model)
+        self.tower, self.family = self._find_tower(self.model)
         modules = _descend(self.tower, self.family.blocks)
         roles, head_width = self.family.roles, self.family.head_width
         self.blocks = [Block(index, module, roles, head_width) for index, module in enumerate(modules)]
 
     @staticmethod
-    def _find_tower(model: nn.Module) -> tuple[Any, Family]:
+    def _find_tower(model: PreTrainedModel) -> tuple[Any, Family]:
+        if (found := find_timm_tower(model)) is not None:
+            return found
         known = TOWERS | PLAIN_TOWERS
         for module in model.modules():
             for kind in type(module).__mro__:
@@ -143,6 +172,12 @@ class Backbone:
         """Whether its feature is that of the class token alone."""
         return self.class_token is not None and self.family.reads_class_token(self.tower)
 
+    @property
+    def takes_arguments(self) -> bool:
+        """Whether keyword arguments of the whole model reach the tower: not one in an AutoBackbone of the model."""
+        parts = [module for module in self.model.modules() if isinstance(module, BackboneMixin)]
+        return not any(self.tower in part.modules() for part in parts if part is not self.model)
+
     def describe(self) -> dict[str, Any]:
         """What must be equal for an adapter's shapes to fit, and for its numbers to mean the same."""
         return {
@@ -167,6 +202,11 @@ class Backbone:
                 for name, parameter in block[role].named_parameters():
                     yield f"blocks.{block.index}.{role}.{name}", parameter
         yield from ((f"norm.{name}", value) for name, value in self.family.final_norm(self.tower).named_parameters())
+
+    def other_parameters(self) -> Iterator[Tensor]:
+        """The model's parameters outside its tower (its own head's), in their order."""
+        own = {id(parameter) for parameter in self.tower.parameters()}
+        yield from (parameter for parameter in self.model.parameters() if id(parameter) not in own)
 
     def view(self) -> Backbone:
         """A view of the whole model (see `memtune.views`), to be changed freely."""

@@ -15,11 +15,22 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
+from transformers.models.auto import modeling_auto as auto
 
 from .errors import ConfigError
 
-_TASKS = {True: "image-classification", False: "image-feature-extraction"}
-"""The task of an adapter that has labels, and of one that gives features."""
+_TASKS: list[tuple[Mapping[Any, Any], str]] = [
+    (auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, "image-classification"),
+    (auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES, "image-segmentation"),
+    (auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES, "image-segmentation"),
+    (auto.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES, "image-segmentation"),
+    (auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES, "object-detection"),
+    (auto.MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES, "depth-estimation"),
+    (auto.MODEL_FOR_IMAGE_TO_IMAGE_MAPPING_NAMES, "image-to-image"),
+    (auto.MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING_NAMES, "visual-question-answering"),
+    (auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES, "zero-shot-image-classification"),
+]
+"""The Hub's word for what the classes of transformers with a head of their own are for."""
 _LABELS_SHOWN = 20
 _TRAINING = (
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -67,6 +78,12 @@ _FEATURES = """\
 ## Features
 
 It has no head and no classes: it gives the features of an image, for a head of your own."""
+
+_BACKBONE_HEAD = """\
+## Output
+
+It has no head and no classes of its own: the head of the backbone, a `{model_class}`, reads the adapted tower, \
+and the output is that class's."""
 
 _PROCESSED = """\
 image = Image.open("image.jpg").convert("RGB")
@@ -132,7 +149,7 @@ def write_card(config: Mapping[str, Any], tensors: Mapping[str, Tensor], details
         family=backbone["family"],
         backbone=f", [{base_model}](https://huggingface.co/{base_model})" if base_model else "",
         usage=_usage(config, details),
-        answers=f"## Classes\n\n{len(labels)}: {_list_labels(labels)}" if labels else _FEATURES,
+        answers=_answers(config),
         closed="- It answers with one of these classes whatever the image shows.\n" if labels else "",
         results=_table(
             "Results", ("metric", "value"), {name: f"{value:.4g}" for name, value in details.results.items()}
@@ -146,8 +163,27 @@ def write_card(config: Mapping[str, Any], tensors: Mapping[str, Tensor], details
     return str(ModelCard(f"---\n{_metadata(config, details, base_model, title).to_yaml()}\n---\n\n{text}"))
 
 
+def _answers(config: Mapping[str, Any]) -> str:
+    labels = config["labels"]
+    if labels:
+        return f"## Classes\n\n{len(labels)}: {_list_labels(labels)}"
+    return _BACKBONE_HEAD.format(model_class=config["backbone"]["model_class"]) if config.get("head") else _FEATURES
+
+
+def _task(config: Mapping[str, Any]) -> str:
+    """The Hub's word for what an adapter does."""
+    if config["labels"]:
+        return "image-classification"
+    if config.get("head"):
+        for classes, task in _TASKS:
+            one_or_several = [[each] if isinstance(each, str) else each for each in classes.values()]
+            if any(config["backbone"]["model_class"] in several for several in one_or_several):
+                return task
+    return "image-feature-extraction"
+
+
 def _metadata(config: Mapping[str, Any], details: CardDetails, base_model: str | None, title: str) -> ModelCardData:
-    task = _TASKS[bool(config["labels"])]
+    task = _task(config)
     scores = {name: value for name, value in details.results.items() if name != "loss"}
     dataset = details.datasets[0] if details.datasets else "unknown"
     results = [
@@ -199,7 +235,9 @@ def _usage(config: Mapping[str, Any], details: CardDetails) -> str:
     size = ", ".join(str(number) for number in (1, config["backbone"]["channels"], *config["backbone"]["image_size"]))
     random = f"pixel_values = torch.rand({size})  # an image as the backbone's processor gives it"
     answer, shown = f"logits = {logits}", f"{labels}[logits.argmax().item()]"
-    if not config["labels"]:
+    if config.get("head"):
+        answer, shown = "output = model(pixel_values)", "list(output)"
+    elif not config["labels"]:
         answer, shown = "features = model(pixel_values).pooler_output", "features.shape"
     return _USAGE.format(
         imports="\n".join(imports),

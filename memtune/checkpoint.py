@@ -1,7 +1,8 @@
 """The adapter folder: written at once, read with every doubt named.
 
     adapter_config.json         format version, methods and settings, mode, labels (an adapter without a head has none),
-                                the backbone and its fingerprint
+                                the backbone and its fingerprint; where the head is the backbone's, "head": "backbone"
+                                and a fingerprint of it
     adapter_model.safetensors   the tensors, under role keys such as `blocks.3.memory`
     preprocessor_config.json    the image processor, if there is one
     README.md                   the card
@@ -21,22 +22,26 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .adapter import AdapterConfig
 from .atomic import current, replace_files
 from .backbones import Backbone
 from .card import CardDetails, write_card
 from .errors import BackboneMismatchError, CheckpointError, ConfigError
-from .fingerprint import fingerprint, same_weights
+from .fingerprint import fingerprint, head_fingerprint, same_weights
 from .registry import read_config
 from .task import Task
+from .timm_models import read_processor, save_processor
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PROCESSOR_NAME = "preprocessor_config.json"
 CARD_NAME = "README.md"
+
+BACKBONE_HEAD = "backbone"
+"""What `head` says where it is the backbone's own."""
 
 UPGRADES: dict[int, Callable[[dict[str, Any], dict[str, Tensor]], None]] = {}
 """For each earlier format version what makes the next one of it: it changes configuration and tensors in place."""
@@ -58,6 +63,7 @@ class AdapterFolder:
         backbone: The backbone's description, `name_or_path`, `model_class` and `fingerprint` among it.
         tensors: The trained tensors under their role keys.
         processor: The image processor, or None.
+        backbone_head: Whether the backbone's own head reads the adapted tower.
     """
 
     path: Path
@@ -68,6 +74,7 @@ class AdapterFolder:
     backbone: dict[str, Any]
     tensors: dict[str, Tensor]
     processor: Any
+    backbone_head: bool
 
 
 def write_folder(
@@ -109,13 +116,16 @@ def write_folder(
             "fingerprint": fingerprint(backbone),
         },
     }
+    if task.backbone_head:
+        config["head"] = BACKBONE_HEAD
+        config["backbone"]["head_fingerprint"] = head_fingerprint(backbone)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in task.tensors().items()}
     with replace_files(folder) as staging:
         (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         safetensors.torch.save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
         (staging / CARD_NAME).write_text(write_card(config, tensors, details), encoding="utf-8")
         if processor is not None:
-            processor.save_pretrained(staging)
+            save_processor(processor, staging)
     if processor is None:
         (folder / PROCESSOR_NAME).unlink(missing_ok=True)
 
@@ -153,6 +163,7 @@ def read_folder(folder: str | Path) -> AdapterFolder:
         config["backbone"],
         tensors,
         processor,
+        config.get("head") == BACKBONE_HEAD,
     )
 
 
@@ -180,6 +191,11 @@ def _check_entries(config: Mapping[str, Any], path: Path) -> None:
     for name, kind in expected.items():
         if not isinstance(config.get(name), kind):
             raise CheckpointError(f"{path}: {name} is {config.get(name)!r}, expected a {kind.__name__}")
+    if "head" in config and (config["head"] != BACKBONE_HEAD or config["labels"]):
+        raise CheckpointError(
+            f"{path}: head is {config['head']!r}, with {len(config['labels'])} labels; expected {BACKBONE_HEAD!r}, "
+            "with none"
+        )
 
 
 def _read_methods(config: Mapping[str, Any], folder: Path) -> list[AdapterConfig]:
@@ -192,7 +208,7 @@ def _read_methods(config: Mapping[str, Any], folder: Path) -> list[AdapterConfig
 def _read_processor(folder: Path) -> Any:
     path = current(folder, PROCESSOR_NAME)
     try:
-        return AutoImageProcessor.from_pretrained(path.parent)
+        return read_processor(path.parent)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is missing or damaged: {error}") from error
 
@@ -215,7 +231,7 @@ def make_task(folder: AdapterFolder, backbone: Backbone, known: Mapping[str, Tas
             "them, in one model"
         )
     earlier = {name: copy.deepcopy(by_digest[digest]) for name, digest in folder.extends.items()}
-    task = Task(folder.configs, folder.labels, backbone, folder.masked, earlier)
+    task = Task(folder.configs, folder.labels, backbone, folder.masked, earlier, backbone_head=folder.backbone_head)
     task.load_tensors(folder.tensors)
     return task
 
@@ -249,4 +265,22 @@ def check_backbone(
         raise BackboneMismatchError(
             f"the adapter {folder.path} was trained on {trained_on!r}; the backbone given has the same shape but other "
             "weights. Load the recorded one, or pass any_weights=True if you know what you do"
+        )
+    if folder.backbone_head:
+        _check_head(folder, backbone, any_weights)
+
+
+def _check_head(folder: AdapterFolder, backbone: Backbone, any_weights: bool) -> None:
+    """Raise `BackboneMismatchError` unless the backbone has the head that the adapter was trained before."""
+    name, recorded = type(backbone.model).__name__, folder.backbone.get("model_class")
+    trained = f"the adapter {folder.path} was trained for the head of {folder.backbone.get('name_or_path')!r}"
+    if recorded not in [kind.__name__ for kind in type(backbone.model).__mro__]:
+        raise BackboneMismatchError(f"{trained}: got a {name}, expected a {recorded}")
+    own, other = head_fingerprint(backbone), folder.backbone.get("head_fingerprint")
+    if any_weights or (own is None and other is None):
+        return
+    if own is None or other is None or not same_weights(other, own):
+        raise BackboneMismatchError(
+            f"{trained}; the {name} given has the same backbone, but another head or other weights in it. Load the "
+            "recorded one, or pass any_weights=True if you know what you do"
         )

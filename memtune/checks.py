@@ -37,6 +37,8 @@ def check_images(images: Any, backbone: Backbone, *, interpolate: bool) -> Tenso
             f"pixel_values: got {images.shape[2]} x {images.shape[3]} pixels, expected {height} x {width}; "
             "let the processor resize the images, or pass interpolate_pos_encoding=True"
         )
+    if problem := backbone.family.refuses_size(backbone.tower, images.shape[2], images.shape[3]):
+        raise InputError(f"pixel_values: got {images.shape[2]} x {images.shape[3]} pixels, {problem}")
     return images
 
 

@@ -68,10 +68,11 @@ def inspect(options: Namespace) -> Result:
         "methods": [config.to_dict() for config in adapter.configs],
         "mode": "masked" if adapter.masked else "unmasked",
         "labels": adapter.labels,
+        "head": "backbone" if adapter.backbone_head else "linear" if adapter.labels else None,
         "extends": list(adapter.extends),
         "trained_values": sum(tensor.numel() for tensor in adapter.tensors.values()),
         "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
-        "backbone": {name: value for name, value in backbone.items() if name != "fingerprint"},
+        "backbone": {name: value for name, value in backbone.items() if not name.endswith("fingerprint")},
         "fingerprint": backbone["fingerprint"],
         "processor": adapter.processor is not None,
     }
@@ -85,12 +86,13 @@ def _describe(values: dict[str, Any]) -> str:
     ]
     labels = values["labels"]
     backbone = values["backbone"]
+    none = f"the head of {backbone['model_class']} reads it" if values["head"] else "it gives features"
     more = f" and {len(labels) - 8} more" if len(labels) > 8 else ""
     rows = {
         "adapter": f"{values['adapter']} (format {values['format_version']}, {values['bytes']:,} bytes)",
         "methods": " + ".join(methods) or "head alone",
         "mode": values["mode"] + (f", extends {', '.join(values['extends'])}" if values["extends"] else ""),
-        "labels": f"{len(labels)}: {', '.join(labels[:8])}{more}" if labels else "none: it gives features",
+        "labels": f"{len(labels)}: {', '.join(labels[:8])}{more}" if labels else f"none: {none}",
         "trained values": f"{values['trained_values']:,}",
         "backbone": f"{backbone['name_or_path'] or 'no name'} ({backbone['family']}, {backbone['depth']} blocks)",
         "processor": "saved with it" if values["processor"] else "none",
@@ -109,6 +111,8 @@ def predict(options: Namespace) -> Result:
         raise ConfigError(f"--top_k: got {options.top_k}, expected 1 or more")
     model, processor = _load_model(options)
     labels = model.tasks
+    if without := [name for name, own in labels.items() if not own]:
+        raise ConfigError(f"--adapter: {without} have no labels to predict: they give features")
     answers = []
     for images, paths in _batches(options.images, options.batch_size):
         pixel_values = processor(images=images, return_tensors="pt").pixel_values.to(model.backbone.device)

@@ -68,7 +68,7 @@ def _card(tasks: Mapping[str, Task], folders: Mapping[str, str], base_model: str
     base_model = public_name(base_model)
     rows = [
         f"| {name} | [`{folders[name]}`]({folders[name]}) | {' + '.join(task.methods) or 'head alone'} "
-        f"| {'masked' if task.masked else 'unmasked'} | {len(task.labels)} |"
+        f"| {'masked' if task.masked else 'unmasked'} | {len(task.labels) or 'features'} |"
         for name, task in tasks.items()
     ]
     data = ModelCardData(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import ConfigError
@@ -11,11 +12,13 @@ from .multitask import MultiTaskModel
 from .sources import TaskSource
 
 
-def combine(backbone: PreTrainedModel, tasks: Mapping[str, TaskSource], *, any_weights: bool = False) -> MultiTaskModel:
+def combine(
+    backbone: PreTrainedModel | nn.Module, tasks: Mapping[str, TaskSource], *, any_weights: bool = False
+) -> MultiTaskModel:
     """Put adapters that were trained apart, on the same backbone, into one model.
 
     Args:
-        backbone: The backbone that all of them were trained on.
+        backbone: The backbone that all of them were trained on, one of transformers' or timm's.
         tasks: The adapters by the names that their tasks shall have: folders, ids on the Hub, or tuned models, of which
             a copy is taken.
         any_weights: Accept a backbone of the right shape with other weights than an adapter was trained on.

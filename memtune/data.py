@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from .checks import check_label_range
 from .errors import InputError
+from .timm_models import takes_size
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class ImageDataset(Dataset):
         on_error: What to do with an image that cannot be read: "raise", or "skip" it with a warning that names it.
 
     Raises:
-        InputError: A column is missing, or there is no processor.
+        InputError: A column is missing, or there is no processor, or it takes no size.
     """
 
     def __init__(
@@ -54,6 +55,11 @@ class ImageDataset(Dataset):
         if processor is None:
             raise InputError(
                 "the model has no image processor; pass processor=... to wrap, or a data set of pixel_values"
+            )
+        if image_size is not None and not takes_size(processor):
+            raise InputError(
+                f"image_size: got {image_size}, but {type(processor).__name__} has a size of its own; make it with "
+                "another input_size, or take another processor"
             )
         # Undecoded, so that an unreadable image can be named by its path.
         self._dataset = dataset.cast_column(image_column, datasets.Image(decode=False))

@@ -133,6 +133,8 @@ def _chosen(model: MultiTaskModel | TunedModel, names: Sequence[str] | None) -> 
     check_task_names("tasks", asked, known)
     if taken := sorted({BASE, INPUT} & set(asked)):
         raise ConfigError(f"tasks: the graph itself has something called {taken[0]!r}; give the task another name")
+    for name in asked:
+        known[name].require_head(f"export of the task {name!r}")
     return {name: known[name] for name in asked}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,9 @@ def _roles(
         "fc2": fc2,
     }
 
+
+HEAD_NAME = "classifier"
+"""What every image classification class of transformers calls its head."""
 
 _VIT = _roles("layernorm_before", "layernorm_after", "attention", "o_proj")
 _DINO = _roles("norm1", "norm2", "attention", "o_proj", "mlp.fc1|mlp.up_proj", "mlp.fc2|mlp.down_proj")
@@ -143,9 +146,26 @@ def _siglip_view(tower: Any) -> None:
         layer.self_attn.forward = types.MethodType(_siglip_forward, layer.self_attn)
 
 
+def _swin_view(tower: Any) -> None:
+    """Swin without a pooler is a segmentation model's, whose windows stay as they are in small images too."""
+    if tower.pooler is None:
+        tower.register_forward_pre_hook(_keep_windows, with_kwargs=True)
+
+
+def _keep_windows(tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    return args, {"always_partition": True} | kwargs
+
+
 def _beit_stream(block: Any) -> None:
     """The position bias of the class token comes from the trunk; the block must not add one for a single token."""
     block.relative_position_bias = None
+
+
+def _put_classifier(model: nn.Module, head: nn.Module) -> bool:
+    there = HEAD_NAME in model._modules
+    if there:
+        model.add_module(HEAD_NAME, head)
+    return there
 
 
 @dataclass(frozen=True)
@@ -165,11 +185,15 @@ class Family:
     """Where there is a class token: whether the feature is that token's."""
     any_size: bool = False
     """The tower takes images of any size without being asked."""
+    refuses_size: Callable[[Any, int, int], str | None] = lambda tower, height, width: None
+    """Why a tower of any size takes no images of this height and width; None if it does."""
     windowed: bool = False
     attention_function: bool = True
     """The attention modules call the function that transformers' AttentionInterface names."""
     images_alone: bool = True
     """The tower takes images without text."""
+    hides_patches: bool = False
+    """The tower drops patches at random; a view of it does not."""
     patches: str = "embeddings"
     """Where the convolution that makes the patches is."""
     patch_size: Callable[[Any], Any] = lambda config: config.patch_size
@@ -184,13 +208,19 @@ class Family:
         lambda tower, positions, arguments: arguments
     )
     """A block's keyword arguments for the tokens at `positions` (batch, k) alone, made of those for all tokens."""
+    as_classifier: Callable[[Any], Any] | None = None
+    """A view of a model in its image classification class; None for the way that all of transformers' models have."""
+    put_head: Callable[[Any, nn.Module], bool] = _put_classifier
+    """Gives an image classification model another head; False where it has none."""
 
 
 TOWERS: dict[str, Family] = {
     "ViTModel": Family("vit", "layers.*"),
     "DeiTModel": Family("deit", "layers.*"),
     "ViTMSNModel": Family("vit_msn", "layers.*"),
-    "ViTMAEModel": Family("vit_mae", "layers.*", prepare_view=_mae_view, tower_arguments=_keep_all_patches),
+    "ViTMAEModel": Family(
+        "vit_mae", "layers.*", hides_patches=True, prepare_view=_mae_view, tower_arguments=_keep_all_patches
+    ),
     "IJepaModel": Family("ijepa", "layers.*", class_token=None, feature=_mean_feature),
     "BeitModel": Family(
         "beit",
@@ -236,7 +266,13 @@ TOWERS: dict[str, Family] = {
         stream_arguments=_no_mask,
     ),
     "SwinModel": Family(
-        "swin", "encoder.layers.*.blocks.*", class_token=None, feature=_swin_feature, any_size=True, windowed=True
+        "swin",
+        "encoder.layers.*.blocks.*",
+        class_token=None,
+        feature=_swin_feature,
+        any_size=True,
+        windowed=True,
+        prepare_view=_swin_view,
     ),
 }
 
@@ -286,3 +322,6 @@ PLAIN_TOWERS: dict[str, Family] = {
     ),
 }
 """Towers whose attention modules compute attention themselves: for methods that need no attention function."""
+
+# MaskFormer has a Swin of its own, in the manner of Swin v2; Mask2Former has transformers' Swin
+PLAIN_TOWERS["MaskFormerSwinModel"] = replace(PLAIN_TOWERS["Swinv2Model"], name="maskformer_swin")

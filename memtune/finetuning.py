@@ -21,10 +21,12 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, se
 
 from .adapter import AdapterConfig
 from .errors import ConfigError, InputError
+from .evaluation import evaluate
 from .methods import MemoryConfig
 from .registry import method_names, read_config
 from .training import fit
 from .training_arguments import add_training_arguments, read_training_arguments
+from .training_config import TrainingConfig
 from .tuned import TunedModel, wrap
 
 RESULTS_NAME = "all_results.json"
@@ -89,9 +91,11 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] | No
     set_seed(args.seed)
     model = build_model(args, train.features["label"].names)
     result = fit(model, train, evaluation, config, resume_from_checkpoint=args.resume_from_checkpoint)
+    # where there was no epoch, the model as it is gets measured, as in transformers' own examples
+    last = result.history[-1] if result.history else _evaluate(model, evaluation, config)
     if not state.is_main_process:
         return None
-    scores = {name: value for name, value in result.history[-1].items() if name.startswith("eval_")}
+    scores = {name: value for name, value in last.items() if name.startswith("eval_")}
     card: dict[str, Any] = {
         "base_model_name": args.base_model_name,
         "results": {"accuracy": scores["eval_accuracy"]},
@@ -111,11 +115,15 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] | No
     }
     folder = Path(args.output_dir)
     (folder / RESULTS_NAME).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    if find_spec("matplotlib"):
+    if result.history and find_spec("matplotlib"):
         result.plot(folder / "learning_curves.png")
     if args.push_to_hub:
         model.push_to_hub(args.hub_model_id or folder.name, **card)
     return summary
+
+
+def _evaluate(model: TunedModel, dataset: Dataset, config: TrainingConfig) -> dict[str, float]:
+    return {f"eval_{name}": value for name, value in evaluate(model, dataset, config).items()}
 
 
 def describe(summary: dict[str, Any], output_dir: str) -> str:

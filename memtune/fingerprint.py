@@ -7,11 +7,12 @@ agrees as far as the two precisions allow: exactly between equal ones, within th
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .backbones import Backbone
 from .errors import CheckpointError
@@ -29,13 +30,23 @@ def fingerprint(backbone: Backbone) -> dict[str, str]:
         `dtype`, the precision of the weights, and `values`, the samples as base64 of little-endian float32. A tensor
         that holds no floating-point numbers (a quantised one) has NaN, which agrees with everything.
     """
+    return _sample((tensor for _, tensor in backbone.parameters_by_role()), backbone.model.dtype)
+
+
+def head_fingerprint(backbone: Backbone) -> dict[str, str] | None:
+    """The same of the model's own head: all parameters outside its tower; None where there are none."""
+    tensors = list(backbone.other_parameters())
+    return _sample(tensors, backbone.model.dtype) if tensors else None
+
+
+def _sample(tensors: Iterable[Tensor], dtype: torch.dtype) -> dict[str, str]:
     samples = []
-    for number, (_, tensor) in enumerate(backbone.parameters_by_role()):
+    for number, tensor in enumerate(tensors):
         places = [(2 * number + 1) * _STRIDE % tensor.numel(), (2 * number + 2) * _STRIDE % tensor.numel()]
         values = tensor.detach().flatten()[places]
         samples.append(values.float() if tensor.is_floating_point() else torch.full((2,), torch.nan))
     values = torch.stack([sample.cpu() for sample in samples]).numpy().astype("<f4").tobytes()
-    return {"dtype": str(backbone.model.dtype).removeprefix("torch."), "values": base64.b64encode(values).decode()}
+    return {"dtype": str(dtype).removeprefix("torch."), "values": base64.b64encode(values).decode()}
 
 
 def same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

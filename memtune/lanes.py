@@ -6,7 +6,8 @@ A *lane* is a stream for one or more tasks:
 - tasks of unmasked mode that first change the same block share an adapted stream that starts there, their images one
   after the other;
 - a task that only has a head reads the trunk's own feature;
-- a task of a method that cannot be stacked has a lane of its own, and so has one that extends others.
+- a task of a method that cannot be stacked has a lane of its own, and so has one that extends others;
+- tasks without a head, which give features, have lanes of their own.
 """
 
 from __future__ import annotations
@@ -78,17 +79,19 @@ class Lane(ABC):
         self.numbers = {name: number for number, name in enumerate(tasks)}
         self.selection = selection
         parts = list(tasks.values())
-        self._classes = [len(task.labels) for task in parts]
-        heads = Stack(parts, self.selection)
-        self._weights = heads.rows(lambda task: task.require_head("tasks").weight.T)  # (tasks, width, classes)
-        self._biases = heads.rows(lambda task: task.require_head("tasks").bias)
+        self._classes = [len(task.labels) or None for task in parts]  # None for a whole feature
+        self._heads: tuple[Tensor, Tensor] | None = None
+        if all(task.head is not None for task in parts):
+            heads = Stack(parts, self.selection)
+            weights = heads.rows(lambda task: task.require_head("tasks").weight.T)  # (tasks, width, classes)
+            self._heads = weights, heads.rows(lambda task: task.require_head("tasks").bias)
 
     @abstractmethod
     def features(self, seen: Seen) -> Tensor:
         """What the heads read: (batch, tasks, width), or (batch, 1, width) where each image has its own task."""
 
     def run(self, seen: Seen, index: Tensor | None, *, by_row: bool) -> Tensor:
-        """Logits, (batch, tasks, most classes); those beyond a task's own classes mean nothing.
+        """Logits, (batch, tasks, most classes); those beyond a task's own classes mean nothing. Without heads features.
 
         Args:
             seen: The images.
@@ -96,27 +99,30 @@ class Lane(ABC):
             by_row: Whether each image has its own.
         """
         self.selection.choose(index, by_row=by_row)
-        features = self.features(seen).to(self._weights.dtype)
-        return per_task(features, self.selection.spread(self._weights)) + self.selection.spread(self._biases)
+        features = self.features(seen)
+        if self._heads is None:
+            return features
+        weights, biases = self._heads
+        return per_task(features.to(weights.dtype), self.selection.spread(weights)) + self.selection.spread(biases)
 
     @eager
     def all(self, seen: Seen, names: Sequence[str]) -> dict[str, Tensor]:
-        """The logits (batch, classes) of some of the lane's tasks for all images."""
+        """The logits (batch, classes), or features (batch, width), of some of the lane's tasks for all images."""
         numbers = [self.numbers[name] for name in names]
         whole = numbers == list(range(len(self.names)))
-        logits = self.run(seen, None if whole else self._index(numbers), by_row=False)
+        logits = self.run(seen, None if whole else self._index(numbers, seen), by_row=False)
         return {name: logits[:, place, : self._classes[numbers[place]]] for place, name in enumerate(names)}
 
     @eager
     def each(self, seen: Seen, names: Sequence[str]) -> list[Tensor]:
-        """The logits (1, classes) of one task for each image."""
+        """The logits (1, classes), or features (1, width), of one task for each image."""
         numbers = [self.numbers[name] for name in names]
-        logits = self.run(seen, self._index(numbers), by_row=True)
+        logits = self.run(seen, self._index(numbers, seen), by_row=True)
         return [logits[row, :, : self._classes[number]] for row, number in enumerate(numbers)]
 
     @eager
-    def _index(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, device=self._weights.device)
+    def _index(self, numbers: Sequence[int], seen: Seen) -> Tensor:
+        return torch.tensor(numbers, device=seen.pixel_values.device)
 
 
 class HeadLane(Lane):
@@ -217,7 +223,7 @@ class AdaptedLane(Lane):
             return self._run(seen, copies=1).unsqueeze(1)
         index, batch = self.selection.index, seen.pixel_values.shape[0]
         if index is None:
-            index = torch.arange(len(self.names), device=self._weights.device)
+            index = torch.arange(len(self.names), device=seen.pixel_values.device)
         self.selection.choose(index.repeat_interleave(batch), by_row=True)
         features = self._run(seen, copies=len(index))
         self.selection.choose(index, by_row=False)
@@ -272,8 +278,8 @@ def make_lanes(backbone: Backbone, tasks: Mapping[str, Task]) -> list[Lane]:
     for name, task in tasks.items():
         first = None if task.masked else first_changed_block(task, backbone)
         own = None if is_stackable(task) and not task.extends else name
-        groups.setdefault((first, own), {})[name] = task
-    return [_make_lane(backbone, group, first) for (first, _), group in groups.items()]
+        groups.setdefault((first, own, task.head is None), {})[name] = task
+    return [_make_lane(backbone, group, first) for (first, *_), group in groups.items()]
 
 
 def arrange(backbone: Backbone, tasks: Mapping[str, Task], before: Trunk | None = None) -> tuple[Trunk, list[Lane]]:

@@ -17,9 +17,6 @@ from .views import shadow
 if TYPE_CHECKING:
     from .tuned import TunedModel
 
-HEAD_NAME = "classifier"
-"""What every image classification class of transformers calls its head."""
-
 
 def merge(model: TunedModel) -> PreTrainedModel:
     """Write a task into the weights of a new model; the tuned model and its backbone stay as they are.
@@ -55,7 +52,7 @@ def merge(model: TunedModel) -> PreTrainedModel:
     weight, bias = pad_head(model, head_width(classifier))
     head = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], device=weight.device, dtype=merged.dtype)
     head.load_state_dict({"weight": weight, "bias": bias})
-    merged.add_module(HEAD_NAME, head.eval())
+    backbone.family.put_head(merged, head.eval())
     return merged
 
 
@@ -91,9 +88,8 @@ def as_classifier(model: PreTrainedModel) -> PreTrainedModel | None:
         The view, or None where there is no such class.
     """
     view = _graft(model)
-    if view is None or HEAD_NAME not in view._modules:
+    if view is None or not Backbone(view).family.put_head(view, nn.Identity()):
         return None
-    view._modules[HEAD_NAME] = nn.Identity()
     backbone = Backbone(view)
     read, feature = _read_by_head(view, backbone), backbone.features(_noise(backbone))
     same = torch.allclose(read[:, : backbone.width].float(), feature.float(), atol=1e-3)
@@ -118,6 +114,8 @@ def _noise(backbone: Backbone) -> Tensor:
 
 def _graft(model: PreTrainedModel) -> Any:
     """A view of a model's tower in the image classification class that transformers has for its configuration."""
+    if (own := Backbone(model).family.as_classifier) is not None:
+        return own(model)
     kinds: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(model.config), None)
     kind = kinds[0] if isinstance(kinds, tuple) else kinds
     if kind is None or type(model) is kind:

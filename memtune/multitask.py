@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from huggingface_hub import CommitInfo
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from .backbones import Backbone
 from .card import public_name
@@ -35,26 +35,30 @@ _CHANGES = threading.Lock()
 """Held while a model's tasks change, so that changes made in several threads all count."""
 
 
-class MultiTaskOutput(dict[str, ImageClassifierOutput]):
+TaskOutput: TypeAlias = Any
+"""An `ImageClassifierOutput` with `logits`, or of a task without a head a `BaseModelOutputWithPooling`."""
+
+
+class MultiTaskOutput(dict[str, TaskOutput]):
     """Each task's answer for a batch of images, by its name.
 
     Attributes:
         base: The untouched backbone's own output.
     """
 
-    def __init__(self, answers: Mapping[str, ImageClassifierOutput], base: Any) -> None:
+    def __init__(self, answers: Mapping[str, TaskOutput], base: Any) -> None:
         super().__init__(answers)
         self.base = base
 
 
-class MixedOutput(list[ImageClassifierOutput]):
-    """For each image of a batch the answer of its own task, with `logits` (1, classes of that task).
+class MixedOutput(list[TaskOutput]):
+    """For each image of a batch the answer of its own task, with `logits` (1, classes of that task), or features.
 
     Attributes:
         base: The untouched backbone's own output for all images.
     """
 
-    def __init__(self, answers: Sequence[ImageClassifierOutput], base: Any) -> None:
+    def __init__(self, answers: Sequence[TaskOutput], base: Any) -> None:
         super().__init__(answers)
         self.base = base
 
@@ -81,10 +85,10 @@ class MultiTaskModel(VisionModel):
         backbone: The backbone; its own forward is never changed.
     """
 
-    def __init__(self, backbone: PreTrainedModel) -> None:
+    def __init__(self, backbone: PreTrainedModel | nn.Module) -> None:
         super().__init__()
         described = Backbone(backbone)
-        self.backbone = backbone
+        self.backbone = backbone = described.model
         self._hold = Hold(backbone)
         backbone.eval()
         self._processors: dict[str, Any] = {}
@@ -93,7 +97,7 @@ class MultiTaskModel(VisionModel):
 
     @property
     def tasks(self) -> dict[str, list[str]]:
-        """The labels of each task, by its name."""
+        """The labels of each task, by its name; none of a task without a head."""
         return {name: list(task.labels) for name, task in self._arrangement.tasks.items()}
 
     @property
@@ -124,7 +128,8 @@ class MultiTaskModel(VisionModel):
                     )
                 try:
                     task, processors[name] = reader.read(source, before | added)
-                    task.require_head("combine")
+                    if task.backbone_head:
+                        task.require_head("combine")
                 except MemtuneError as error:
                     raise type(error)(f"task {name!r}: {error}") from error
                 added[name] = task.requires_grad_(False).eval().to(self.backbone.device)
@@ -164,7 +169,7 @@ class MultiTaskModel(VisionModel):
         rows: Sequence[str] | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> MultiTaskOutput | MixedOutput:
-        """Classify images by the labels of several tasks.
+        """Classify images by the labels of several tasks; for those without a head, give their features.
 
         Args:
             pixel_values: Images as the processor gives them, (batch, channels, height, width).
@@ -173,8 +178,9 @@ class MultiTaskModel(VisionModel):
             interpolate_pos_encoding: Accept images of another size than the backbone's.
 
         Returns:
-            The answers by task; or for `rows` a list of answers, one for each image, with `logits` (1, classes). Both
-            have the backbone's own output as `base`.
+            The answers by task, with `logits` (batch, classes) or, of a task without a head, `pooler_output` (batch,
+            width); or for `rows` a list of answers, one for each image, with a batch of one. Both have the backbone's
+            own output as `base`.
 
         Raises:
             InputError: The images have the wrong shape, type or size; both `tasks` and `rows` are given; or `rows` does
@@ -195,14 +201,14 @@ class MultiTaskModel(VisionModel):
         current, base = trunk.answer(pixel_values, interpolate_pos_encoding=interpolate)
         seen = Seen(pixel_values, current, interpolate)
         if rows is not None:
-            return MixedOutput(
-                [ImageClassifierOutput(logits=each) for each in _mixed(arrangement.lanes, seen, names)], base
-            )
+            found = _mixed(arrangement.lanes, seen, names)
+            tasks_of_rows = [arrangement.tasks[name] for name in names]
+            return MixedOutput(list(map(_as_output, tasks_of_rows, found)), base)
         answers: dict[str, Tensor] = {}
         for lane in arrangement.lanes:
             if own := [name for name in names if name in lane.numbers]:
                 answers |= lane.all(seen, own)
-        return MultiTaskOutput({name: ImageClassifierOutput(logits=answers[name]) for name in names}, base)
+        return MultiTaskOutput({name: _as_output(arrangement.tasks[name], answers[name]) for name in names}, base)
 
     def plan(self) -> Plan:
         """What the tasks share, and what they cost in multiply-adds; print it to see a table."""
@@ -250,7 +256,7 @@ class MultiTaskModel(VisionModel):
     def from_pretrained(
         cls,
         source: str | Path,
-        backbone: PreTrainedModel | None = None,
+        backbone: PreTrainedModel | nn.Module | None = None,
         *,
         any_weights: bool = False,
         revision: str | None = None,
@@ -293,9 +299,15 @@ class MultiTaskModel(VisionModel):
         self._arrange(Backbone(self.backbone), state["_arrangement"])
 
 
+def _as_output(task: Task, answer: Tensor) -> TaskOutput:
+    if task.head is None:
+        return BaseModelOutputWithPooling(pooler_output=answer)
+    return ImageClassifierOutput(logits=answer)
+
+
 @eager
 def _mixed(lanes: Sequence[Lane], seen: Seen, names: Sequence[str]) -> list[Tensor]:
-    """The logits (1, classes) of each image by its own task, each lane run over its images."""
+    """The logits (1, classes), or features, of each image by its own task, each lane run over its images."""
     answers: dict[int, Tensor] = {}
     for lane in lanes:
         places = [place for place, name in enumerate(names) if name in lane.numbers]

@@ -20,7 +20,9 @@ from .adapter import Adapter
 from .atomic import current, replace_files
 from .backbones import Backbone
 from .errors import CheckpointError, ConfigError
-from .merge import HEAD_NAME, as_classifier, head_width, no_head_message, pad_head
+from .families import HEAD_NAME
+from .fused import LinearPart
+from .merge import as_classifier, head_width, no_head_message, pad_head
 from .methods.lora import LoraConfig
 from .peft_names import locate
 from .task import Task
@@ -51,10 +53,15 @@ def export_peft(model: TunedModel, folder: str | Path) -> None:
         folder: Where to; made if it is not there.
 
     Raises:
-        ConfigError: Another mode or method.
+        ConfigError: Another mode or method; or the backbone has query, key and value in one layer.
         CheckpointError: The path is a file.
     """
     config, tensors = _only_lora(model)
+    if isinstance(Backbone(model.backbone).blocks[0]["query"], LinearPart):
+        raise ConfigError(
+            f"got a {type(model.backbone).__name__} with query, key and value in one linear layer, a part of which "
+            "PEFT's format cannot name; use merge() for a model without memtune, or save_pretrained"
+        )
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"got {folder}, which is a file; an adapter is exported as a folder")

@@ -54,6 +54,8 @@ def pipeline(
         raise ConfigError("model: got a model without tasks; add one first")
     if isinstance(model, TunedModel):
         model.task.require_head("pipeline")
+    elif "tasks" not in options:
+        _check_labelled(model, list(model.tasks))
     if image_processor is None:
         image_processor = model.processor if isinstance(model, TunedModel) else _shared_processor(model)
     if not callable(image_processor):
@@ -68,6 +70,14 @@ def pipeline(
         device=model.device if device is None else device,
         **options,
     )
+
+
+def _check_labelled(model: MultiTaskModel, names: Sequence[str]) -> None:
+    if without := [name for name in names if not model.tasks[name]]:
+        raise ConfigError(
+            f"tasks: got {without}, which have no labels (they were wrapped with head=None, and give features); pass "
+            "tasks=[...] with those that have"
+        )
 
 
 def _shared_processor(model: MultiTaskModel) -> Any:
@@ -100,6 +110,7 @@ class MultiTaskPipeline(TaskPipeline):
         before, _, after = super()._sanitize_parameters(top_k, function_to_apply, timeout)
         if tasks is not None:
             check_task_names("tasks", tasks, self.model.tasks)
+            _check_labelled(self.model, tasks)
         return before, {} if tasks is None else {"tasks": tasks}, after
 
     def _forward(self, model_inputs: Any, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:

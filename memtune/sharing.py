@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo
+from torch import nn
 from transformers import PreTrainedModel
 
 from .backbones import Backbone
@@ -30,7 +31,7 @@ class Sharing:
 
     if TYPE_CHECKING:
 
-        def __init__(self, backbone: PreTrainedModel, task: Task, processor: Any = None) -> None: ...
+        def __init__(self, backbone: PreTrainedModel | nn.Module, task: Task, processor: Any = None) -> None: ...
         def train(self, mode: bool = True) -> Any:
             """As `torch.nn.Module` has it."""
             ...
@@ -120,7 +121,7 @@ class Sharing:
     def from_pretrained(
         cls,
         source: str | Path,
-        backbone: PreTrainedModel | None = None,
+        backbone: PreTrainedModel | nn.Module | None = None,
         *,
         any_weights: bool = False,
         revision: str | None = None,

@@ -7,12 +7,14 @@ through the untouched blocks (the trunk), and the task token after them through 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
 
 from .attention import Site, check_visited, install
 from .backbones import Backbone
@@ -32,12 +34,18 @@ class AdaptedStream:
         first_block: Start at this block, from the states that a trunk kept for it; 0 to run the whole tower.
         checkpointing: Recompute blocks in the backward pass: the arguments of transformers' method that switches it on
             for a model, those of torch's checkpoint function as `kwargs`; None to keep activations.
+        whole_model: Make `run_model` possible, in which the backbone's own head reads the adapted tower.
     """
 
     masked = False
 
     def __init__(
-        self, backbone: Backbone, *, first_block: int = 0, checkpointing: Mapping[str, Any] | None = None
+        self,
+        backbone: Backbone,
+        *,
+        first_block: int = 0,
+        checkpointing: Mapping[str, Any] | None = None,
+        whole_model: bool = False,
     ) -> None:
         self.view = backbone.view()
         self.selection = Selection()
@@ -50,6 +58,9 @@ class AdaptedStream:
             _start_at(self.view, first_block)
         if checkpointing is not None:
             self._checkpoint(dict(checkpointing))
+        if whole_model and self.sites:
+            self.view.tower.register_forward_pre_hook(self._begin_pass, with_kwargs=True)
+            self.view.tower.register_forward_hook(self._end_pass, with_kwargs=True)
 
     def _checkpoint(self, options: dict[str, Any]) -> None:
         model: Any = self.view.model
@@ -81,12 +92,38 @@ class AdaptedStream:
         if current is None:
             current = Pass()
             if self.needs_query:
-                self._unadapted = self._unadapted or self._backbone.view()
                 with torch.no_grad():
-                    current.query = self._unadapted.features(pixel_values, **options)
+                    current.query = self._unadapted_view().features(pixel_values, **options)
         features = self.view.features(pixel_values, memtune_pass=current, **options)
         check_visited(self.view, current, self._first_block)
         return features
+
+    def _unadapted_view(self) -> Backbone:
+        self._unadapted = self._unadapted or self._backbone.view()
+        return self._unadapted
+
+    def run_model(self, pixel_values: Tensor, **inputs: Any) -> ModelOutput:
+        """The output of the whole model, whose own head reads the adapted tower; of a stream made for it.
+
+        Args:
+            pixel_values: Images (batch, channels, height, width).
+            inputs: What else the model's own forward takes.
+        """
+        return self.view.model(pixel_values=pixel_values, return_dict=True, **inputs)
+
+    def _begin_pass(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Give the tower a pass of its own: few models hand unknown arguments on to the tower within them."""
+        if "memtune_pass" in kwargs:
+            return None
+        current = Pass()
+        if self.needs_query:
+            view = self._unadapted_view()
+            with torch.no_grad():
+                current.query = view.family.feature(view.tower, view.tower(*args, **kwargs))
+        return args, kwargs | {"memtune_pass": current}
+
+    def _end_pass(self, tower: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        check_visited(self.view, kwargs["memtune_pass"], self._first_block)
 
 
 def _start_at(view: Backbone, first_block: int) -> None:
@@ -121,9 +158,12 @@ class Trunk:
         self.view = backbone.view()
         self.keep_states = frozenset(keep_states)
         self._records = backbone.family.attention_function
+        self._handed = None if backbone.takes_arguments else threading.local()
         if self._records:
             install(self.view, "memtune_trunk")
             self.view.tower.register_forward_hook(self._keep_query, with_kwargs=True)
+        if self._records and self._handed is not None:
+            self.view.tower.register_forward_pre_hook(self._hand_over, with_kwargs=True)
         for index in self.keep_states:
             hook = partial(_keep, index)
             self.view.blocks[index].module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -149,11 +189,20 @@ class Trunk:
     @torch.no_grad()
     def _run(self, forward: Callable[..., Any], pixel_values: Tensor, interpolate: bool) -> tuple[Pass, Any]:
         current = Pass()
-        options: dict[str, Any] = {"memtune_pass": current} if self._records else {}
+        options: dict[str, Any] = {}
+        if self._records and self._handed is not None:
+            self._handed.current = current
+        elif self._records:
+            options["memtune_pass"] = current
         output = forward(pixel_values, interpolate_pos_encoding=interpolate, **options)
         if self._records:
             check_visited(self.view, current)
         return current, output
+
+    def _hand_over(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Give the tower the pass that this thread's call of a model has, which does not hand it on itself."""
+        assert self._handed is not None
+        return args, kwargs | {"memtune_pass": self._handed.current}
 
     def _keep_query(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         current: Pass = kwargs["memtune_pass"]

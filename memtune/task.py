@@ -30,6 +30,7 @@ class Task(nn.Module):
         head: What makes logits of features, or None.
         masked: Whether the task runs in a task stream.
         extends: Earlier tasks, by name, that the task reads.
+        backbone_head: Whether the backbone's own head reads the adapted tower.
 
     Args:
         configs: One configuration for each method.
@@ -37,6 +38,7 @@ class Task(nn.Module):
         backbone: The backbone to adapt.
         masked: Whether the task runs in a task stream.
         extends: Earlier tasks, by name, whose tokens and memory the task reads in its stream.
+        backbone_head: Whether the backbone's own head reads the adapted tower (unmasked; the task has no labels).
 
     Raises:
         ConfigError: The methods do not go together, or a setting does not fit the backbone.
@@ -50,9 +52,14 @@ class Task(nn.Module):
         backbone: Backbone,
         masked: bool,
         extends: Mapping[str, Task] | None = None,
+        *,
+        backbone_head: bool = False,
     ) -> None:
         super().__init__()
-        _check_backbone(configs, backbone, masked)
+        if backbone_head:
+            _check_backbone_head(backbone, masked)
+        _check_backbone(configs, backbone, masked, images_alone=not backbone_head)
+        self.backbone_head = backbone_head
         self.extends = dict(extends or {})  # no submodules: they are other tasks' to train, save and count
         self.labels = list(labels)
         self.masked = masked
@@ -131,9 +138,8 @@ class Task(nn.Module):
             ConfigError: The task has none.
         """
         if self.head is None:
-            raise ConfigError(
-                f"{what}: this adapter was wrapped with head=None: it gives features, and has no head and no labels"
-            )
+            given = "'backbone': it gives the backbone's output" if self.backbone_head else "None: it gives features"
+            raise ConfigError(f"{what}: this adapter was wrapped with head={given}, and has no head and no labels")
         return self.head
 
     def penalty(self) -> Tensor | None:
@@ -178,7 +184,23 @@ def _create_head(width: int, classes: int) -> nn.Linear:
     return head
 
 
-def _check_backbone(configs: Sequence[AdapterConfig], backbone: Backbone, masked: bool) -> None:
+def _check_backbone_head(backbone: Backbone, masked: bool) -> None:
+    name = type(backbone.model).__name__
+    if masked:
+        raise UnsupportedBackboneError(
+            f"masked=True: got head='backbone', but in masked mode all that the head of {name} reads stays as it is; "
+            "the task has a single token, which makes no map. Use masked=False"
+        )
+    if backbone.family.hides_patches:
+        raise UnsupportedBackboneError(
+            f"head='backbone': got {name}, whose own head fills in patches that were hidden at random, and an adapted "
+            "tower hides none. Use head=None, or a head for labels"
+        )
+
+
+def _check_backbone(
+    configs: Sequence[AdapterConfig], backbone: Backbone, masked: bool, *, images_alone: bool = True
+) -> None:
     family, name = backbone.family, type(backbone.model).__name__
     if not family.attention_function:
         needs = [config.method for config in configs if find_method(config.method).needs_attention_function]
@@ -189,10 +211,10 @@ def _check_backbone(configs: Sequence[AdapterConfig], backbone: Backbone, masked
                 "of transformers' AttentionInterface, so their keys and values cannot be reached. Use masked=False and "
                 f"another method (approximated_prompts, lora), or a model with one of the towers {sorted(TOWERS)}"
             )
-    if not family.images_alone:
+    if images_alone and not family.images_alone:
         raise UnsupportedBackboneError(
-            f"got {name}, which takes text with its images, and wrap classifies images alone. Attach an adapter to "
-            "`stream = memtune.streams.AdaptedStream(Backbone(model))` and call `stream.view.model` with both"
+            f"got {name}, which takes text with its images, and this head reads images alone. Use head='backbone' and "
+            "call the model with both"
         )
     if masked and family.windowed:
         raise UnsupportedBackboneError(

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.utils.generic import ModelOutput
 
 from .adapter import AdapterConfig
-from .backbones import Backbone
+from .backbones import Backbone, as_pretrained
 from .checks import check_images, check_label_names, check_labels
 from .conventions import VisionModel
-from .errors import ConfigError, MemtuneError, UnsupportedBackboneError
+from .errors import ConfigError, InputError, MemtuneError, UnsupportedBackboneError
 from .freezing import Hold
 from .lanes import Earlier, Seen
 from .merge import merge
@@ -35,12 +36,12 @@ _VIEWS = ("_trunk", "_stream", "_earlier", "_described")
 
 
 def wrap(
-    backbone: PreTrainedModel,
+    backbone: PreTrainedModel | nn.Module,
     config: AdapterConfig | Sequence[AdapterConfig],
     *,
     labels: Sequence[str] | None = None,
     num_labels: int | None = None,
-    head: Literal["linear"] | None = "linear",
+    head: Literal["linear", "backbone"] | None = "linear",
     masked: bool = False,
     extends: MultiTaskModel | None = None,
     processor: Any = None,
@@ -50,24 +51,30 @@ def wrap(
     The backbone's parameters are frozen; nothing else of it changes, and it can be wrapped again for another task.
 
     Args:
-        backbone: A transformers vision model, with or without a head of its own.
+        backbone: A transformers vision model, with or without a head of its own; or a timm model, which then lies in
+            transformers' wrapper as the `backbone` of what is given back.
         config: The method's settings, or one for each of several methods; a `peft.LoraConfig` is taken as well.
         labels: Names of the task's classes, in the order of the logits.
         num_labels: Their number, where they have no names (they are then called LABEL_0 ...).
-        head: None for an adapter without a head and labels: the model then gives features, for a head of your own.
+        head: "linear" for a new one that answers with the task's labels; "backbone" for the backbone's own, frozen as
+            it is (its decoder of segmentation maps, say), which then reads the adapted tower; None for no head: the
+            model then gives features, for a head of your own. The latter two have no labels.
         masked: Train in the task stream: the backbone's own answer stays as it is, and tasks can share its pass.
         extends: A model whose masked tasks the new one reads (masked mode only); they do not know of it, and stay as
             they are. To answer, the new task needs them.
         processor: The image processor of the task, saved with the adapter.
 
     Raises:
-        UnsupportedBackboneError: The model has no supported vision tower, or cannot be used in masked mode.
+        UnsupportedBackboneError: The model has no supported vision tower, or cannot be used in masked mode or with its
+            own head.
         ConfigError: A setting is wrong, or does not fit the backbone. Nothing has been changed.
     """
+    backbone = as_pretrained(backbone)
     several = config if isinstance(config, Sequence) and not isinstance(config, str) else [config]
     earlier = {} if extends is None else _earlier_tasks(extends, backbone, masked)
     names = _check_names(labels, num_labels, head, extends)
-    task = Task([as_config(each) for each in several], names, Backbone(backbone), masked, earlier)
+    configs = [as_config(each) for each in several]
+    task = Task(configs, names, Backbone(backbone), masked, earlier, backbone_head=head == "backbone")
     return TunedModel(backbone, task, processor=processor)
 
 
@@ -75,12 +82,13 @@ def _check_names(
     labels: Sequence[str] | None, num_labels: int | None, head: str | None, extends: MultiTaskModel | None
 ) -> list[str]:
     """The names of the task's classes, none without a head."""
-    if head not in ("linear", None):
-        raise ConfigError(f"head: got {head!r}, expected 'linear', or None for features")
+    if head not in ("linear", "backbone", None):
+        raise ConfigError(f"head: got {head!r}, expected 'linear', 'backbone' for its own, or None for features")
     if head == "linear":
         return check_label_names(labels, num_labels)
     if (labels, num_labels, extends) != (None, None, None):
-        raise ConfigError("head=None: the model gives features; labels, num_labels and extends need a head")
+        given = "'backbone': the model gives the backbone's output" if head else "None: the model gives features"
+        raise ConfigError(f"head={given}; labels, num_labels and extends need a head of the task's own")
     return []
 
 
@@ -103,7 +111,7 @@ class TunedModel(VisionModel, Sharing):
     Attributes:
         backbone: The model that was wrapped; its own forward is never changed.
         task: The parameters of the task and its labels.
-        config: A copy of the backbone's configuration with the task's labels.
+        config: A copy of the backbone's configuration, with the task's labels unless the head is the backbone's.
         processor: The image processor, or None.
     """
 
@@ -112,15 +120,16 @@ class TunedModel(VisionModel, Sharing):
 
     task: Task
 
-    def __init__(self, backbone: PreTrainedModel, task: Task, processor: Any = None) -> None:
+    def __init__(self, backbone: PreTrainedModel | nn.Module, task: Task, processor: Any = None) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone = backbone = as_pretrained(backbone)
         self.task = task
         self.processor = processor
         self.config: Any = copy.deepcopy(backbone.config)
-        self.config.id2label = dict(enumerate(task.labels))
-        self.config.problem_type = "single_label_classification"  # whatever the backbone's own head was for
-        self.config.label2id = {label: index for index, label in enumerate(task.labels)}
+        if not task.backbone_head:
+            self.config.id2label = dict(enumerate(task.labels))
+            self.config.problem_type = "single_label_classification"  # whatever the backbone's own head was for
+            self.config.label2id = {label: index for index, label in enumerate(task.labels)}
         self._checkpointing: dict[str, Any] | None = None
         self._enabled = True
         self._loaded_prefix = ""
@@ -136,10 +145,11 @@ class TunedModel(VisionModel, Sharing):
         """Make the views that forward runs."""
         backbone = Backbone(self.backbone)
         self._trunk = Trunk(backbone) if self.task.masked else None
+        checkpointing = self._checkpointing if self.training else None
         self._stream: AdaptedStream | TaskStream = (
             TaskStream(backbone)
             if self.task.masked
-            else AdaptedStream(backbone, checkpointing=self._checkpointing if self.training else None)
+            else AdaptedStream(backbone, checkpointing=checkpointing, whole_model=self.task.backbone_head)
         )
         self.task.attach(self._stream)
         self._earlier = Earlier(backbone, self.task.extends) if self.task.extends else None
@@ -152,26 +162,35 @@ class TunedModel(VisionModel, Sharing):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
         trunk: Pass | None = None,
-    ) -> ImageClassifierOutput | BaseModelOutputWithPooling | tuple[Tensor, ...]:
-        """Classify images by the task's labels; without a head, give their features.
+        **inputs: Any,
+    ) -> ImageClassifierOutput | BaseModelOutputWithPooling | ModelOutput | tuple[Tensor, ...]:
+        """Classify images by the task's labels; without a head, give their features; by the backbone's, its own output.
 
         Args:
             pixel_values: Images as the processor gives them, (batch, channels, height, width).
             labels: Indices of the right classes, (batch,); the output then has the mean cross-entropy as `loss`, in
-                training with what the methods add to it.
+                training with what the methods add to it. Where the head is the backbone's, what that takes as labels.
             interpolate_pos_encoding: Accept images of another size than the backbone's.
             return_dict: False for a plain tuple.
             trunk: What `trunk_pass` gave for the images, in their place (masked mode only).
+            inputs: What else the backbone's own forward takes, where the head is the backbone's.
 
         Returns:
             `logits` (batch, classes), and `loss` if labels were given; of an adapter without a head `pooler_output`
-            (batch, width). Within `disable_adapter()`: the backbone's own output.
+            (batch, width); where the head is the backbone's, the output of the backbone's class. Within
+            `disable_adapter()`: the backbone's own output.
 
         Raises:
-            InputError: The images or labels have the wrong shape, type, size, or range.
+            InputError: The images or labels have the wrong shape, type, size, or range; or there are inputs that the
+                head does not take.
             ConfigError: `trunk` was given to an unmasked model, or within `disable_adapter()`; or `labels` without a
                 head.
         """
+        if self.task.backbone_head and trunk is None:
+            options = {"labels": labels, "interpolate_pos_encoding": interpolate_pos_encoding or None}
+            return self._run_backbone(pixel_values, inputs | options, return_dict)
+        if inputs:
+            raise InputError(f"got {sorted(inputs)}; a head that is not the backbone's takes pixel_values and labels")
         if trunk is not None:
             if not self._enabled:
                 raise ConfigError("trunk: without its adapter the model reads images; pass pixel_values")
@@ -183,6 +202,23 @@ class TunedModel(VisionModel, Sharing):
             return (self.backbone if images_alone else self._described.tower)(pixel_values=pixel_values, **options)
         features = self.features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         return self._answer(features, labels, return_dict)
+
+    def _run_backbone(self, pixel_values: Any, inputs: dict[str, Any], return_dict: bool | None) -> Any:
+        """The output of the backbone's own class, its head reading the adapted tower."""
+        given = {name: value for name, value in inputs.items() if value is not None}
+        interpolate = "interpolate_pos_encoding" in given
+        pixel_values = check_images(pixel_values, self._described, interpolate=interpolate)
+        if self._described.family.any_size:
+            given.pop("interpolate_pos_encoding", None)
+        if self._enabled:
+            assert isinstance(self._stream, AdaptedStream)
+            output = self._stream.run_model(pixel_values, **given)
+        else:
+            output = self.backbone(pixel_values=pixel_values, return_dict=True, **given)
+        penalty = self.task.penalty() if self.training and self._enabled else None
+        if penalty is not None and output.get("loss") is not None:
+            output["loss"] = output["loss"] + penalty
+        return output.to_tuple() if return_dict is False else output
 
     def _answer(
         self, features: Tensor, labels: Tensor | None, return_dict: bool | None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import peft
+import safetensors.torch
 import torch
 from hub_server import Hub
 from hub_store import Repository
@@ -27,6 +30,9 @@ import memtune
 
 BACKBONE = "google/vit-base-patch16-224-in21k"
 """The backbone that the documentation names; here a tiny one has this name."""
+
+TIMM = Path("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+"""The same of timm's, with random values, where timm is installed."""
 
 LABELS = ["red", "green", "blue", "yellow", "cyan", "magenta", "white", "black", "grey", "brown"]
 SHADES = np.random.default_rng(0).integers(0, 156, (len(LABELS), 3))
@@ -76,6 +82,8 @@ def make_material(folder: Path) -> None:
         model = memtune.wrap(backbone, config, labels=labels, masked=masked, processor=processor)
         model.save_pretrained(folder / path, base_model_name=BACKBONE)
         model.detach()
+    if find_spec("timm") is not None:
+        _save_timm(folder / "hub" / TIMM)
     desk = folder / "desk"
     for split, count in (("train", 8), ("test", 2)):
         for label, name in enumerate(("cat", "dog")):
@@ -86,6 +94,18 @@ def make_material(folder: Path) -> None:
     shutil.copytree(desk / "pets" / "test" / "cat", desk / "photos")
     for place, name in enumerate(("cat.jpg", "dog.jpg", "sign.png")):
         picture(place, place).save(desk / name)
+
+
+def _save_timm(folder: Path) -> None:
+    """Write a repository as those of timm on the Hub are."""
+    import timm
+
+    model = timm.create_model(TIMM.name.split(".")[0])
+    config = {name: model.pretrained_cfg[name] for name in ("input_size", "mean", "std", "interpolation", "crop_pct")}
+    config = {"architecture": TIMM.name.split(".")[0], "num_classes": model.num_classes, "pretrained_cfg": config}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def publish(hub: Hub, repo_id: str, folder: Path) -> None:

@@ -35,7 +35,12 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *ROOT.glob("ada
 PIECES = ROOT / "docs" / "new_method.md"
 """The page whose blocks are pieces of an example, not code to run in turn."""
 
-PACKAGES = {"explain": ["matplotlib"], "export": ["onnx", "onnxscript", "onnxruntime"], "sweep": ["optuna"]}
+PACKAGES = {
+    "explain": ["matplotlib"],
+    "export": ["onnx", "onnxscript", "onnxruntime"],
+    "sweep": ["optuna"],
+    "timm": ["timm"],
+}
 """What a page's code needs beside memtune's own dependencies."""
 
 pytestmark = [

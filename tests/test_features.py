@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from backbone_zoo import BY_NAME, PLAIN, Case, family_modes, outputs_equal
+from backbone_zoo import BY_NAME, FAMILIES, GLOBAL, PLAIN, Case, each, family_modes, outputs_equal
+from multitask import CONFIGS, tune
 from torch import Tensor, nn
+from transformers import ViTImageProcessorPil
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import memtune
-from memtune import AdapterConfig, ApproximatedPromptConfig, CodaPromptConfig, LoraConfig, MemoryConfig
+from memtune import AdapterConfig, CodaPromptConfig, LoraConfig, MemoryConfig
 from memtune.arithmetic import merge_adapters
-from memtune.backbones import Backbone
 from memtune.cli import main
 from memtune.errors import CheckpointError, ConfigError
 from memtune.export import export_program
-from memtune.registry import create_adapter
-from memtune.streams import AdaptedStream
+from memtune.multitask import MultiTaskModel
 
 VIT = BY_NAME["vit"]
 SEGFORMER = next(case for case in PLAIN if case.name == "segformer")
@@ -167,7 +167,7 @@ def test_exported_for_peft(tmp_path: Path) -> None:
     [
         ({"head": None, "labels": ["cat"]}, "head=None: the model gives features; labels, num_labels and extends need"),
         ({"head": None, "num_labels": 2}, "head=None"),
-        ({"head": "mlp", "num_labels": 2}, "head: got 'mlp', expected 'linear', or None"),
+        ({"head": "mlp", "num_labels": 2}, "head: got 'mlp', expected 'linear', 'backbone' for its own, or None"),
         ({}, "num_labels: got None"),
     ],
 )
@@ -185,14 +185,13 @@ DATA = [{"pixel_values": VIT.images(1)[0], "labels": 0}]
     "use",
     [
         lambda model: model(VIT.images(), labels=torch.tensor([0, 1])),
-        lambda model: memtune.combine(model.backbone, {"a": model}),
         lambda model: memtune.fit(model, DATA),
         lambda model: memtune.evaluate(model, DATA),
         lambda model: memtune.pipeline(model, image_processor=print),
         lambda model: merge_adapters([model, model], head="mean"),
         export_program,
     ],
-    ids=["labels", "combine", "fit", "evaluate", "pipeline", "arithmetic", "export"],
+    ids=["labels", "fit", "evaluate", "pipeline", "arithmetic", "export"],
 )
 def test_what_needs_a_head_says_so(use: Any) -> None:
     model = features(config=LoraConfig(r=2), masked=False)
@@ -200,30 +199,6 @@ def test_what_needs_a_head_says_so(use: Any) -> None:
     with pytest.raises(ConfigError, match=r"was wrapped with head=None: it gives features"):
         use(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize("config", [LoraConfig(r=2), ApproximatedPromptConfig(n=50, r=2, gate=True)], ids=repr)
-def test_dense_outputs_of_a_view(config: AdapterConfig) -> None:
-    """Segmentation by Segformer's own decoder, an adapter in its tower."""
-    dense = Case("dense", "SegformerForSemanticSegmentation", SEGFORMER.settings | {"num_labels": 3})
-    segmenter = dense.build().requires_grad_(False)
-    backbone = Backbone(segmenter)
-    adapter, stream = create_adapter(config, backbone).eval(), AdaptedStream(backbone)
-    adapter.attach(stream)
-    images = SEGFORMER.images()
-    before = segmenter(images).logits
-    assert torch.allclose(stream.view.model(images).logits, before, atol=1e-6)  # a new adapter changes nothing
-    masks = torch.randint(3, (2, SEGFORMER.image_size, SEGFORMER.image_size))
-    optimizer, losses = torch.optim.Adam(adapter.parameters(), lr=0.03), []
-    for _ in range(10):
-        loss = stream.view.model(images, labels=masks).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 1e-3
-    assert stream.view.model(images).logits.shape == before.shape == (2, 3, 8, 8)
-    assert torch.equal(segmenter(images).logits, before)
 
 
 def test_features_of_a_model_with_a_dense_head() -> None:
@@ -235,3 +210,99 @@ def test_features_of_a_model_with_a_dense_head() -> None:
     assert (found - bare.mean(dim=(2, 3))).abs().max() > 0.01
     with model.disable_adapter():
         assert model(SEGFORMER.images()).logits.shape == (2, 3, 8, 8)
+
+
+# together with others
+
+
+def several(case: Case) -> tuple[Any, dict[str, memtune.TunedModel]]:
+    """A backbone, and models on it with and without heads, in both modes where it has both."""
+    backbone = case.build()
+    models = {}
+    for masked in (False, True) if case in GLOBAL else (False,):
+        mode = "masked " * masked
+        for name in ("memory", "more memory", "head", "lora at the end", "coda", "memory and lora"):
+            models[f"{mode}{name}"] = features(case, CONFIGS[name], masked=masked, backbone=backbone)
+        models[f"{mode}with a head"] = tune(backbone, CONFIGS["lora"], masked=masked)
+        models[f"{mode}memory with a head"] = tune(backbone, CONFIGS["memory"], masked=masked, labels=5)
+    return backbone, models
+
+
+def assert_same_answer(answer: Any, alone: Any) -> None:
+    assert type(answer) is type(alone)
+    assert list(answer) == list(alone)
+    torch.testing.assert_close(answer.to_tuple(), alone.to_tuple(), atol=1e-5, rtol=1e-5)
+
+
+@each(FAMILIES)
+def test_each_answers_beside_others_as_it_does_alone(case: Case) -> None:
+    backbone, models = several(case)
+    combined = memtune.combine(backbone, models)
+    images = case.images()
+    with torch.no_grad():
+        output = combined(images)
+        assert list(output) == list(models)
+        for name, model in models.items():
+            assert_same_answer(output[name], model(images))
+        some = list(models)[::-2]
+        output = combined(images, tasks=some)
+        assert list(output) == some
+        for name in some:
+            assert_same_answer(output[name], models[name](images))
+
+
+@each(FAMILIES)
+def test_a_mixed_batch_of_answers_with_and_without_heads(case: Case) -> None:
+    backbone, models = several(case)
+    rows = [*models, *list(models)[::-2]]
+    images = case.images(len(rows))
+    with torch.no_grad():
+        output = memtune.combine(backbone, models)(images, rows=rows)
+        for image, name, answer in zip(images, rows, output, strict=True):
+            assert_same_answer(answer, models[name](image[None]))
+
+
+def test_a_folder_of_tasks_with_and_without_heads(tmp_path: Path) -> None:
+    backbone, models = several(VIT)
+    models["masked memory"].save_pretrained(tmp_path / "one")
+    combined = memtune.combine(backbone, {"a": tmp_path / "one", "b": models["with a head"]})
+    assert combined.tasks == {"a": [], "b": ["LABEL_0", "LABEL_1", "LABEL_2"]}
+    combined.save_pretrained(tmp_path / "both")
+    assert "| a | [`a`](a) | memory | masked | features |" in (tmp_path / "both" / "README.md").read_text()
+    again = MultiTaskModel.from_pretrained(tmp_path / "both", VIT.build())
+    images = VIT.images()
+    for model in (again, pickle.loads(pickle.dumps(combined))):
+        assert_same_answer(model(images)["a"], models["masked memory"](images))
+        assert_same_answer(model(images)["b"], models["with a head"](images))
+    assert "task stream, sharing 2 of 2 blocks: a" in str(combined.plan())
+
+
+def test_what_needs_labels_of_every_task_says_so(tmp_path: Path) -> None:
+    backbone, models = several(VIT)
+    combined = memtune.combine(backbone, {"a": models["memory"], "b": models["with a head"]})
+    with pytest.raises(ConfigError, match=r"tasks: got \['a'\], which have no labels"):
+        memtune.pipeline(combined, image_processor=print)
+    with pytest.raises(ConfigError, match=r"tasks: got \['a'\], which have no labels"):
+        memtune.pipeline(combined, image_processor=print, tasks=["b", "a"])
+    assert memtune.pipeline(combined, image_processor=print, tasks=["b"]).model is combined
+    with pytest.raises(ConfigError, match=r"export of the task 'a': this adapter was wrapped with head=None"):
+        export_program(combined)
+
+
+def test_the_command_line_names_those_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    VIT.build().save_pretrained(tmp_path / "vit")
+    backbone = type(VIT.build()).from_pretrained(tmp_path / "vit")
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    memtune.wrap(backbone, MemoryConfig(2), head=None, processor=processor).save_pretrained(tmp_path / "adapter")
+    assert main(["predict", "image.jpg", "--adapter", f"a={tmp_path / 'adapter'}"]) == 1
+    assert "['a'] have no labels to predict" in capsys.readouterr().err
+
+
+def test_a_later_task_reads_one_without_a_head() -> None:
+    backbone, models = several(VIT)
+    earlier = memtune.combine(backbone, {"a": models["masked memory"]})
+    later = memtune.wrap(backbone, MemoryConfig(2), num_labels=2, masked=True, extends=earlier).eval()
+    combined = memtune.combine(backbone, {"a": models["masked memory"], "later": later})
+    images = VIT.images()
+    assert_same_answer(combined(images)["later"], later(images))
+    assert_same_answer(combined(images)["a"], models["masked memory"](images))

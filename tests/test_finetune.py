@@ -67,6 +67,15 @@ def test_one_process(material, tmp_path, arguments):
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-18", "checkpoint-20"]
 
 
+def test_without_an_epoch_it_measures_and_saves(material, tmp_path):
+    results = finetune(material, tmp_path, "--num_train_epochs", "0")
+    assert results["history"] == []
+    assert 0 <= results["eval_accuracy"] <= 1
+    assert results["eval_loss"] > 0
+    assert not (tmp_path / "learning_curves.png").exists()
+    assert memtune.load(tmp_path).task.labels == ["blue", "green", "red"]
+
+
 def test_a_killed_run_goes_on(material, tmp_path):
     """Killed after the first checkpoint; what it ends with is what it would have ended with."""
     steps = ["--save_strategy", "steps", "--save_steps", "3"]

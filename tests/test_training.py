@@ -108,6 +108,14 @@ def test_steps_and_fractions_of_epochs():
     assert train(tuned(), num_train_epochs=0.5).steps == 2
 
 
+def test_no_epoch_is_no_step():
+    model = tuned()
+    before = weights(model)
+    result = train(model, num_train_epochs=0)
+    assert (result.steps, result.history, result.log_history) == (0, [], [])
+    assert equal(weights(model), before)
+
+
 def test_mixed_precision_and_back():
     assert train(tuned(), mixed_precision="bf16").history[-1]["loss"] < 2
     assert train(tuned()).history[-1]["loss"] < 2

@@ -386,10 +386,10 @@ class LoraAdapter(Adapter[LoraConfig]):
         """
         for index, updates in self._updates():
             for role, update in updates.items():
-                base = backbone.blocks[index][role]
-                if not base.weight.is_floating_point():
-                    raise ConfigError(
-                        f"blocks.{index}.{role} is quantised ({type(base).__name__}): merging would round the update "
-                        "away; load the backbone in full precision and merge there"
-                    )
-                update.on(base).merge(safe_merge=True)
+                with backbone.blocks[index].changing(role) as base:
+                    if not base.weight.is_floating_point():
+                        raise ConfigError(
+                            f"blocks.{index}.{role} is quantised ({type(base).__name__}): merging would round the "
+                            "update away; load the backbone in full precision and merge there"
+                        )
+                    update.on(base).merge(safe_merge=True)

@@ -157,7 +157,7 @@ def test_vilt_runs_on_a_view_with_text_and_image() -> None:
         torch.testing.assert_close(logits(stream.view.model), expected, atol=1e-5, rtol=1e-5)
         assert (expected - before).abs().max() > 1e-3
         assert torch.equal(logits(vilt), before)
-    with pytest.raises(UnsupportedBackboneError, match=r"ViltForQuestionAnswering, which takes text.*view\.model"):
+    with pytest.raises(UnsupportedBackboneError, match=r"ViltForQuestionAnswering, which takes text.*head='backbone'"):
         memtune.wrap(vilt, ApproximatedPromptConfig(), num_labels=2)
 
 
