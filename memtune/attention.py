@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .backbones import Backbone, Block
 from .errors import UnsupportedBackboneError
+from .following import Followers
 from .passes import KeysValues, KeyValueSource, Pass, TrunkBlock, TrunkReader
 from .stacking import fit_rows
 from .views import shadow_config
@@ -38,6 +39,7 @@ class Site:
         self.block = block
         self.sources: list[KeyValueSource] = []
         self.readers: list[TrunkReader] = []
+        self.followers: Followers | None = None
         self.config = attention.config
         self.eager: Any = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
 
@@ -128,11 +130,14 @@ def trunk_attention(
     memtune_pass: Pass,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The backbone's own attention; its keys and values are kept in the pass."""
+    """The backbone's own attention; its keys and values go to those who follow, or are kept in the pass."""
     site: Site = module.memtune_site
     memtune_pass.visited.append(site.block.index)
     bias = None if attention_mask is None else attention_mask[..., :1, :]
-    memtune_pass.trunk.append(TrunkBlock(key, value, bias))
+    block = TrunkBlock(key, value, bias)
+    # torch.compile traces the trunk alone, so that it need not do it again for other tasks.
+    if torch.compiler.is_compiling() or site.followers is None or site.followers.read(site.block.index, block):
+        memtune_pass.trunk.append(block)
     return site.kernel()(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -153,7 +158,7 @@ def stream_attention(
     gradient. Any kernel that a backbone can be set to computes the same sums.
     """
     site: Site = module.memtune_site
-    trunk = memtune_pass.trunk[site.block.index]
+    trunk = memtune_pass.trunk[site.block.index] if memtune_pass.present is None else memtune_pass.present
     further = site.further(memtune_pass)
     if memtune_pass.record is not None:
         own_token = KeysValues(key.transpose(1, 2).unsqueeze(3), value.transpose(1, 2).unsqueeze(3))

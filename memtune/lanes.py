@@ -14,14 +14,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backbones import Backbone
-from .passes import KeysValues, Pass, TrunkBlock, extended
+from .following import Follower
+from .passes import KeysValues, Pass, extended
 from .registry import find_method
 from .stacking import Selection, Stack, per_task
 from .streams import AdaptedStream, TaskStream, Trunk
@@ -39,11 +40,13 @@ class Seen:
         pixel_values: The images, (batch, channels, height, width).
         current: The pass that the trunk has filled.
         interpolate: Whether positions are interpolated.
+        followed: The features of lanes that went along with the trunk.
     """
 
     pixel_values: Tensor
     current: Pass
     interpolate: bool
+    followed: Mapping[Lane, Tensor] = field(default_factory=dict)
 
     def images(self, index: Tensor) -> Seen:
         """The same for some of the images, (number,)."""
@@ -51,28 +54,27 @@ class Seen:
         return Seen(
             self.pixel_values.index_select(0, index),
             Pass(
-                trunk=[_rows(block, index) for block in current.trunk],
+                trunk=[block.images(index) for block in current.trunk],
                 query=None if current.query is None else current.query.index_select(0, index),
                 kept={block: states.index_select(0, index) for block, states in current.kept.items()},
             ),
             self.interpolate,
+            self.followed,
         )
-
-
-def _rows(block: TrunkBlock, index: Tensor) -> TrunkBlock:
-    bias = block.bias
-    if bias is not None and bias.shape[0] > 1:
-        bias = bias.index_select(0, index)
-    return TrunkBlock(block.key.index_select(0, index), block.value.index_select(0, index), bias)
 
 
 class Lane(ABC):
     """A stream for some of the tasks.
 
+    Attributes:
+        reads_trunk: Whether it reads the trunk's keys and values.
+
     Args:
         tasks: The tasks, by name.
         selection: That of the stream.
     """
+
+    reads_trunk = False
 
     def __init__(self, tasks: Mapping[str, Task], selection: Selection) -> None:
         self.names = list(tasks)
@@ -85,6 +87,19 @@ class Lane(ABC):
             heads = Stack(parts, self.selection)
             weights = heads.rows(lambda task: task.require_head("tasks").weight.T)  # (tasks, width, classes)
             self._heads = weights, heads.rows(lambda task: task.require_head("tasks").bias)
+
+    def follow(
+        self, names: Sequence[str], *, by_row: bool, images: Tensor | None, device: torch.device
+    ) -> Follower | None:
+        """A pass for some tasks that goes along with the trunk, if the lane can do that.
+
+        Args:
+            names: The tasks; where each image has its own, one for each.
+            by_row: Whether each image has its own.
+            images: The images, (number,); None for all.
+            device: Where they are.
+        """
+        return None
 
     @abstractmethod
     def features(self, seen: Seen) -> Tensor:
@@ -108,21 +123,21 @@ class Lane(ABC):
     @eager
     def all(self, seen: Seen, names: Sequence[str]) -> dict[str, Tensor]:
         """The logits (batch, classes), or features (batch, width), of some of the lane's tasks for all images."""
-        numbers = [self.numbers[name] for name in names]
-        whole = numbers == list(range(len(self.names)))
-        logits = self.run(seen, None if whole else self._index(numbers, seen), by_row=False)
-        return {name: logits[:, place, : self._classes[numbers[place]]] for place, name in enumerate(names)}
+        logits = self.run(seen, self._index(names, seen.pixel_values.device, by_row=False), by_row=False)
+        return {name: logits[:, place, : self._classes[self.numbers[name]]] for place, name in enumerate(names)}
 
     @eager
     def each(self, seen: Seen, names: Sequence[str]) -> list[Tensor]:
         """The logits (1, classes), or features (1, width), of one task for each image."""
-        numbers = [self.numbers[name] for name in names]
-        logits = self.run(seen, self._index(numbers, seen), by_row=True)
-        return [logits[row, :, : self._classes[number]] for row, number in enumerate(numbers)]
+        logits = self.run(seen, self._index(names, seen.pixel_values.device, by_row=True), by_row=True)
+        return [logits[row, :, : self._classes[self.numbers[name]]] for row, name in enumerate(names)]
 
     @eager
-    def _index(self, numbers: Sequence[int], seen: Seen) -> Tensor:
-        return torch.tensor(numbers, device=seen.pixel_values.device)
+    def _index(self, names: Sequence[str], device: torch.device, *, by_row: bool) -> Tensor | None:
+        """The numbers of tasks; None for all of them in their order, for all images."""
+        numbers = [self.numbers[name] for name in names]
+        whole = not by_row and numbers == list(range(len(self.names)))
+        return None if whole else torch.tensor(numbers, device=device)
 
 
 class HeadLane(Lane):
@@ -144,6 +159,8 @@ class MaskedLane(Lane):
         tasks: The tasks, by name; more than one only of stackable methods.
     """
 
+    reads_trunk = True
+
     def __init__(self, backbone: Backbone, tasks: Mapping[str, Task]) -> None:
         self.stream = TaskStream(backbone)
         super().__init__(tasks, self.stream.selection)
@@ -152,8 +169,20 @@ class MaskedLane(Lane):
         self._tokens = Stack(parts, self.selection).rows(lambda task: task.token()[0, 0])  # (tasks, width)
         self._earlier = Earlier(backbone, parts[0].extends) if parts[0].extends else None
 
+    @eager
+    def follow(
+        self, names: Sequence[str], *, by_row: bool, images: Tensor | None, device: torch.device
+    ) -> Follower | None:
+        """A pass that goes along with the trunk, unless it needs what is known only after the trunk."""
+        if self._earlier is not None or self.stream.needs_query:
+            return None
+        self.selection.choose(self._index(names, device, by_row=by_row), by_row=by_row)
+        return Follower(self.stream, self.selection.spread(self._tokens), images)
+
     def features(self, seen: Seen) -> Tensor:
         """The features of the task tokens."""
+        if self in seen.followed:
+            return seen.followed[self]
         return self.stream.features(self._current(seen), self.selection.spread(self._tokens))
 
     def record(self, seen: Seen) -> list[list[KeysValues]]:

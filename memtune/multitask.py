@@ -10,12 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
-import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
+from .answering import answer_all, answer_each
 from .backbones import Backbone
 from .card import public_name
 from .checkpoint import read_folder
@@ -25,7 +25,7 @@ from .conventions import VisionModel
 from .errors import CheckpointError, ConfigError, InputError, MemtuneError
 from .freezing import Hold
 from .hub import find_collection, load_recorded_backbone, make_repository, push_folder
-from .lanes import Lane, Seen, arrange, eager
+from .lanes import Lane, arrange, eager
 from .plan import Plan, make_plan
 from .sources import SourceReader, TaskSource
 from .streams import Trunk
@@ -190,24 +190,18 @@ class MultiTaskModel(VisionModel):
         return self._answer(pixel_values, tasks, rows, interpolate_pos_encoding)
 
     @eager
-    @torch.no_grad()
     def _answer(
         self, pixel_values: Tensor, tasks: Sequence[str] | None, rows: Sequence[str] | None, interpolate: bool
     ) -> MultiTaskOutput | MixedOutput:
         arrangement = self._arrangement
-        trunk = arrangement.trunk
-        pixel_values = check_images(pixel_values, trunk.view, interpolate=interpolate)
+        pixel_values = check_images(pixel_values, arrangement.trunk.view, interpolate=interpolate)
         names = _check_names(tasks, rows, pixel_values.shape[0], arrangement.tasks)
-        current, base = trunk.answer(pixel_values, interpolate_pos_encoding=interpolate)
-        seen = Seen(pixel_values, current, interpolate)
+        place = arrangement.trunk, arrangement.lanes
         if rows is not None:
-            found = _mixed(arrangement.lanes, seen, names)
-            tasks_of_rows = [arrangement.tasks[name] for name in names]
-            return MixedOutput(list(map(_as_output, tasks_of_rows, found)), base)
-        answers: dict[str, Tensor] = {}
-        for lane in arrangement.lanes:
-            if own := [name for name in names if name in lane.numbers]:
-                answers |= lane.all(seen, own)
+            each, base = answer_each(*place, pixel_values, names, interpolate=interpolate)
+            own = [arrangement.tasks[name] for name in names]
+            return MixedOutput(list(map(_as_output, own, each)), base)
+        answers, base = answer_all(*place, pixel_values, names, interpolate=interpolate)
         return MultiTaskOutput({name: _as_output(arrangement.tasks[name], answers[name]) for name in names}, base)
 
     def plan(self) -> Plan:
@@ -303,20 +297,6 @@ def _as_output(task: Task, answer: Tensor) -> TaskOutput:
     if task.head is None:
         return BaseModelOutputWithPooling(pooler_output=answer)
     return ImageClassifierOutput(logits=answer)
-
-
-@eager
-def _mixed(lanes: Sequence[Lane], seen: Seen, names: Sequence[str]) -> list[Tensor]:
-    """The logits (1, classes), or features, of each image by its own task, each lane run over its images."""
-    answers: dict[int, Tensor] = {}
-    for lane in lanes:
-        places = [place for place, name in enumerate(names) if name in lane.numbers]
-        if not places:
-            continue
-        index = torch.tensor(places, device=seen.pixel_values.device)
-        own = seen if len(places) == len(names) else seen.images(index)
-        answers |= zip(places, lane.each(own, [names[place] for place in places]), strict=True)
-    return [answers[place] for place in range(len(names))]
 
 
 @eager

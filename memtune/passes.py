@@ -64,6 +64,13 @@ class TrunkBlock(NamedTuple):
     value: Tensor  # (batch, heads, tokens, head width)
     bias: Tensor | None  # the class token's row of the additive mask, (1 or batch, 1 or heads, 1, tokens)
 
+    def images(self, index: Tensor) -> TrunkBlock:
+        """The same of some of the images, (number,)."""
+        bias = self.bias
+        if bias is not None and bias.shape[0] > 1:
+            bias = bias.index_select(0, index)
+        return TrunkBlock(self.key.index_select(0, index), self.value.index_select(0, index), bias)
+
 
 @dataclass
 class Pass:
@@ -72,6 +79,7 @@ class Pass:
     Attributes:
         visited: Indices of the blocks whose attention has run, in order.
         trunk: For each block what the trunk left for the task stream.
+        present: The block of the trunk that a task stream reads, where it goes along with the trunk.
         own_key: Whether a task token sees its own key and value.
         query: The feature of the images by the unadapted backbone, (batch, width), or None if no source asks for it.
         kept: States (batch, tokens, width) that entered blocks of the trunk, by index, where they were to be kept.
@@ -87,6 +95,7 @@ class Pass:
 
     visited: list[int] = field(default_factory=list)
     trunk: list[TrunkBlock] = field(default_factory=list)
+    present: TrunkBlock | None = None
     own_key: bool = True
     query: Tensor | None = None
     kept: dict[int, Tensor] = field(default_factory=dict)

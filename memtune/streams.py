@@ -19,6 +19,7 @@ from transformers.utils.generic import ModelOutput
 from .attention import Site, check_visited, install
 from .backbones import Backbone
 from .casting import keep_casts
+from .following import Followers
 from .passes import Pass
 from .stacking import Selection
 
@@ -148,6 +149,7 @@ class Trunk:
 
     Attributes:
         keep_states: The blocks whose states it keeps.
+        followers: The task streams that go along with a pass.
 
     Args:
         backbone: The backbone.
@@ -159,8 +161,10 @@ class Trunk:
         self.keep_states = frozenset(keep_states)
         self._records = backbone.family.attention_function
         self._handed = None if backbone.takes_arguments else threading.local()
+        self.followers = Followers()
         if self._records:
-            install(self.view, "memtune_trunk")
+            for site in install(self.view, "memtune_trunk"):
+                site.followers = self.followers
             self.view.tower.register_forward_hook(self._keep_query, with_kwargs=True)
         if self._records and self._handed is not None:
             self.view.tower.register_forward_pre_hook(self._hand_over, with_kwargs=True)
@@ -219,6 +223,7 @@ class TaskStream:
 
     Attributes:
         selection: Which tasks the tokens are of, where adapters of several are attached.
+        needs_query: Whether a source asks for the query, which is there only when the trunk has ended.
     """
 
     masked = True
@@ -226,10 +231,15 @@ class TaskStream:
     def __init__(self, backbone: Backbone) -> None:
         self.view = backbone.view()
         self.selection = Selection()
+        self.needs_query = False
         self.sites: list[Site] = install(self.view, "memtune_stream")
         for block in self.view.blocks:
             self.view.family.prepare_stream(block.module)
             keep_casts(block.module)
+
+    def require_query(self) -> None:
+        """Say that a source asks for the query of the pass."""
+        self.needs_query = True
 
     def features(self, current: Pass, class_tokens: Tensor) -> Tensor:
         """Features (batch, tasks, width) of tasks.
@@ -238,13 +248,22 @@ class TaskStream:
             current: A pass that the trunk has filled.
             class_tokens: The class tokens of the tasks, (1 or batch, tasks, width).
         """
-        batch = current.trunk[0].key.shape[0]
-        tokens = self.view.start(class_tokens).expand(batch, -1, -1)  # (batch, tasks, width)
+        tokens = self.start(class_tokens, batch=current.trunk[0].key.shape[0])
         for block in self.view.blocks:
-            tokens = self._block(block.module, tokens, current)
-        return self.view.finish(tokens)
+            tokens = self.step(block.index, tokens, current)
+        return self.finish(tokens)
 
-    def _block(self, module: nn.Module, tokens: Tensor, current: Pass) -> Tensor:
+    def start(self, class_tokens: Tensor, *, batch: int) -> Tensor:
+        """The tokens (batch, tasks, width) that enter the first block."""
+        return self.view.start(class_tokens).expand(batch, -1, -1)
+
+    def step(self, index: int, tokens: Tensor, current: Pass) -> Tensor:
+        """The tokens after one block."""
+        module = self.view.blocks[index].module
         arguments = self.view.family.stream_arguments(module, self.view.tower, tokens)
         output = module(tokens, **arguments, memtune_pass=current)
         return output[0] if isinstance(output, tuple) else output
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        """The features of the tokens that leave the last block."""
+        return self.view.finish(tokens)

@@ -50,8 +50,9 @@ def test_multiply_adds_of_a_vit(attention: str) -> None:
     plan = model.plan()
     assert plan.multiply_adds == expected
     masked, adapted = plan.lanes
-    # Its token to itself is a product by elements, which is not counted.
-    assert masked.multiply_adds == depth * (block + 2 * (tokens + 3) * width) + 4 * width
+    # One task's queries are as wide as all heads together. Its token to itself is a product by elements: not counted.
+    heads = config.num_attention_heads
+    assert masked.multiply_adds == depth * (block + 2 * (heads * tokens + 3) * width) + 4 * width
     last = tokens * (block + 2 * (width + inner)) + 2 * tokens * tokens * width
     assert adapted.multiply_adds == patches * 3 * config.patch_size**2 * width + last + 4 * width
 

@@ -251,15 +251,13 @@ class CodaPromptAdapter(Adapter[CodaPromptConfig]):
 
     def attach(self, stream: AdaptedStream | TaskStream) -> None:
         """Give each block's attention the keys and values that its pool composes."""
-        if isinstance(stream, AdaptedStream):
-            stream.require_query()
+        stream.require_query()
         for index, pool in self._pools().items():
             stream.sites[index].sources.append(pool.keys_values)
 
     @classmethod
     def attach_stack(cls, adapters: Sequence[Any], stream: AdaptedStream | TaskStream) -> None:
         """Give each block's attention the keys and values that all tasks' pools compose."""
-        if isinstance(stream, AdaptedStream):
-            stream.require_query()
+        stream.require_query()
         for index, parts in cls.block_parts(adapters, stream.view.depth):
             stream.sites[index].sources.append(PoolStack(Stack(parts, stream.selection)))
