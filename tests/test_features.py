@@ -231,7 +231,7 @@ def several(case: Case) -> tuple[Any, dict[str, memtune.TunedModel]]:
 def assert_same_answer(answer: Any, alone: Any) -> None:
     assert type(answer) is type(alone)
     assert list(answer) == list(alone)
-    torch.testing.assert_close(answer.to_tuple(), alone.to_tuple(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(answer.to_tuple(), alone.to_tuple(), atol=5e-5, rtol=1e-5)  # of features of size 1 to 3
 
 
 @each(FAMILIES)
