@@ -168,6 +168,20 @@ def test_trackers_hear_of_settings_steps_and_epochs():
     assert tracker.finished
 
 
+def test_tensorboard_shows_the_curves(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    result = fit(tuned(), evaluation=items(8), report_to="tensorboard", logging_steps=1, output_dir=tmp_path)
+    events = reader.EventAccumulator(str(tmp_path / "memtune"))
+    events.Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("loss")]
+    expected = [(entry["step"], entry["loss"]) for entry in result.log_history]
+    assert [step for step, _ in losses if step % 4] == [step for step, _ in expected if step % 4]
+    for place in expected:
+        assert any(place == pytest.approx(loss, abs=1e-6) for loss in losses)
+    found = [event.value for event in events.Scalars("eval_accuracy")]
+    assert found == pytest.approx([entry["eval_accuracy"] for entry in result.history])
+
+
 def test_the_log_has_the_mean_losses():
     result = fit(tuned(), logging_steps=1)
     assert [entry["step"] for entry in result.log_history] == list(range(1, 9))
