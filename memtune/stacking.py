@@ -106,6 +106,10 @@ def per_task(states: Tensor, weights: Tensor) -> Tensor:
         (rows, tokens, out).
     """
     weights = fit_rows(weights, states.shape[0]).to(states.dtype)
+    if weights.shape[1] == 1:  # of each image, for all its tokens
+        return states @ weights.squeeze(1)
+    if weights.shape[0] == 1:  # of each token, for all images
+        return (states.transpose(0, 1) @ weights.squeeze(0)).transpose(0, 1)
     return torch.einsum("ntd,ntdr->ntr", states, weights)
 
 
