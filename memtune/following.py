@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import Context
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -36,6 +37,10 @@ class Follower:
 
     def read(self, index: int, block: TrunkBlock) -> None:
         """Run the stream through the block whose keys and values the trunk has just made."""
+        # Transformers collects the hidden states of a pass by a context variable; the stream's are not the trunk's.
+        Context().run(self._read, index, block)
+
+    def _read(self, index: int, block: TrunkBlock) -> None:
         if self._images is not None:
             block = block.images(self._images)
         if self._tokens is None:

@@ -86,6 +86,17 @@ def test_the_trunk_is_kept_for_those_who_need_it_whole(model, options, number, k
     assert kept == [number]
 
 
+def test_the_backbones_hidden_states_are_its_own(kept):
+    model, images = combined("memory", "lora"), CASE.images(2)
+    model.backbone.config.output_hidden_states = True
+    with torch.no_grad():
+        expected = model.backbone(images).hidden_states
+    found = model(images).base.hidden_states
+    assert kept == [0]
+    assert len(found) == len(expected) == 3
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def test_a_pass_that_fails_leaves_nothing_behind(monkeypatch):
     model, images = combined("memory"), CASE.images(2)
     expected = model(images)["memory"].logits
