@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .backbones import Backbone
-from .errors import ConfigError, MemtuneError
+from .errors import ConfigError
 from .passes import Pass, TrunkBlock
 
 FORMAT_VERSION = 2
@@ -103,21 +103,6 @@ class TrunkCache:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def read(self, image: str) -> Entry:
-        """The entry of an image, its tensors mapped from the file.
-
-        Raises:
-            MemtuneError: It is missing or cut.
-        """
-        path = self.path(image)
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, SafetensorError) as error:
-            raise MemtuneError(
-                f"{path} of the trunk cache has been changed during the run ({error}); run again: it will be recomputed"
-            ) from error
-
     def is_valid(self, image: str) -> bool:
         """Whether an entry is there and whole; each file is read once by a process."""
         path = self.path(image)
@@ -127,10 +112,10 @@ class TrunkCache:
             if known in _checked:
                 return True
             with safe_open(path, framework="pt") as file:
-                expected = (file.metadata() or {}).get("crc32")
-            if expected != _checksum(self.read(image)):
-                return False
-        except (OSError, SafetensorError, MemtuneError):
+                entry = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                if (file.metadata() or {}).get("crc32") != _checksum(entry):
+                    return False
+        except (OSError, SafetensorError):
             return False
         _checked.add(known)
         return True
