@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .augmentation import Augmentation
 from .checks import check_label_range
 from .errors import InputError
 from .timm_models import takes_size
@@ -34,6 +35,7 @@ class ImageDataset(Dataset):
         label_column: The column of class indices.
         image_size: Height and width in pixels to resize to, in place of the processor's.
         on_error: What to do with an image that cannot be read: "raise", or "skip" it with a warning that names it.
+        augment: What changes an image before the processor; None for nothing.
 
     Raises:
         InputError: A column is missing, or there is no processor, or it takes no size.
@@ -48,6 +50,7 @@ class ImageDataset(Dataset):
         label_column: str = "label",
         image_size: int | None = None,
         on_error: Literal["raise", "skip"] = "raise",
+        augment: Augmentation | None = None,
     ) -> None:
         missing = [name for name in (image_column, label_column) if name not in dataset.column_names]
         if missing:
@@ -67,6 +70,12 @@ class ImageDataset(Dataset):
         self._columns = (image_column, label_column)
         self._options = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
         self._on_error = on_error
+        self._augment = augment
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to an epoch, counted from 0; Accelerate's loaders call this at the beginning of each."""
+        if self._augment is not None:
+            self._augment.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -85,6 +94,8 @@ class ImageDataset(Dataset):
                 ) from error
             logger.warning("%s cannot be read and is skipped: %s", name, error)
             return None
+        if self._augment is not None:
+            image = self._augment(image, index)
         pixel_values = self._processor(image, return_tensors="pt", **self._options).pixel_values[0]
         return {"pixel_values": pixel_values, "labels": int(row[label_column])}
 
@@ -133,16 +144,27 @@ class Collator:
         return {"pixel_values": torch.stack([torch.as_tensor(item["pixel_values"]) for item in read]), "labels": labels}
 
 
-def as_items(dataset: Any, processor: Any, image_size: int | None, on_error: Literal["raise", "skip"]) -> Any:
+def as_items(
+    dataset: Any,
+    processor: Any,
+    image_size: int | None,
+    on_error: Literal["raise", "skip"],
+    augment: Augmentation | None = None,
+) -> Any:
     """A data set of items: a `datasets.Dataset` of images through the processor, any other as it is.
 
     Raises:
-        InputError: It is empty, or of a kind that cannot be indexed.
+        InputError: It is empty, of a kind that cannot be indexed, or has no images to augment.
     """
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise InputError(f"got a {type(dataset).__name__}, expected a data set with a length and items")
     if len(dataset) == 0:
         raise InputError("the data set is empty")
     if isinstance(dataset, datasets.Dataset) and "pixel_values" not in dataset.column_names:
-        return ImageDataset(dataset, processor, image_size=image_size, on_error=on_error)
+        return ImageDataset(dataset, processor, image_size=image_size, on_error=on_error, augment=augment)
+    if augment is not None:
+        raise InputError(
+            f"randaugment_ops: got a {type(dataset).__name__} of pixel_values, expected a datasets.Dataset of images; "
+            "leave it out, and augment what your data set gives"
+        )
     return dataset

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from .augmentation import torchvision_transforms
 from .errors import ConfigError
 from .training_config import TrainingConfig
 
@@ -31,9 +32,6 @@ def make_mixing(config: TrainingConfig, classes: int) -> Mixing | None:
         return None
     if config.trunk_cache is not None:
         raise ConfigError("mixup_alpha, cutmix_alpha: a trunk cache has no images to mix; leave it or them out")
-    try:
-        from torchvision.transforms import v2  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ConfigError("mixup_alpha, cutmix_alpha: they need torchvision: pip install torchvision") from error
+    v2 = torchvision_transforms("mixup_alpha, cutmix_alpha")
     chosen = [getattr(v2, name)(num_classes=classes, alpha=alpha) for name, alpha in alphas.items() if alpha]
     return v2.RandomChoice(chosen) if len(chosen) > 1 else chosen[0]

@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import DataLoader
 
+from .augmentation import Augmentation
 from .data import Collator, as_items
 from .distribution import settle
 from .errors import ConfigError
@@ -67,6 +68,7 @@ def make_loader(
     accelerator: Accelerator,
     *,
     order: torch.Generator | None = None,
+    augment: Augmentation | None = None,
 ) -> DataLoader:
     """Batches of a data set (see `memtune.fit`), or of what a trunk cache has of it.
 
@@ -76,8 +78,9 @@ def make_loader(
         config: The settings.
         accelerator: What fills the cache.
         order: To train: what gives each epoch a new order. None to evaluate, in the data set's own order.
+        augment: What changes the images; None for nothing, as always to evaluate.
     """
-    items = as_items(dataset, model.processor, config.image_size, config.on_error)
+    items = as_items(dataset, model.processor, config.image_size, config.on_error, augment)
     collator: Any = Collator(len(model.task.labels))
     if config.trunk_cache is not None:
         items, collator = cached_dataset(model, items, config, accelerator)

@@ -43,7 +43,11 @@ def describe_run(model: TunedModel, config: TrainingConfig, **more: Any) -> dict
 
 
 def check_same_run(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> None:
-    """Raise `ConfigError`, with every difference, unless the run in a folder has the same settings as this one."""
+    """Raise `ConfigError`, with every difference, unless the run in a folder has the same settings as this one.
+
+    A setting that is not in the folder, as it is younger than that, had its default.
+    """
+    saved = {each.name: each.default for each in fields(TrainingConfig) if each.name in own} | dict(saved)
     differences = [
         f"{name}: got {own.get(name)!r}, the folder has {saved.get(name)!r}"
         for name in sorted(own.keys() | saved.keys())

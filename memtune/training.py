@@ -47,8 +47,8 @@ def fit(
         callbacks: What is to be done at each step.
         resume_from_checkpoint: A folder `checkpoint-<step>` to go on from, or True for the last one in
             `config.output_dir` (where there is none yet, the run starts at its beginning). On one process the run ends
-            with the values that it would have had without the interruption, bit for bit on a CPU, if the data set gives
-            the same item each time.
+            with the values that it would have had without the interruption, bit for bit on a CPU, if a data set of
+            items gives the same one for the same index and epoch (told by `set_epoch`, where it has that).
 
     Raises:
         InputError: A data set, an image or a label is wrong.

@@ -35,6 +35,10 @@ def _path(value: Any) -> bool:
     return isinstance(value, (str, Path)) and bool(str(value))
 
 
+def _whole_to(most: float) -> Callable[[Any], bool]:
+    return lambda value: _number(value) and 0 <= value <= most and float(value).is_integer()
+
+
 def _weights(value: Any) -> bool:
     return isinstance(value, Sequence) and bool(value) and all(_number(each) and each >= 0 for each in value)
 
@@ -68,6 +72,8 @@ _RULES: dict[str, Rule] = {
     "ema_decay": _SHARE,
     "mixup_alpha": _NOT_NEGATIVE,
     "cutmix_alpha": _NOT_NEGATIVE,
+    "randaugment_ops": ("a whole number, 0 or more", _whole_to(math.inf)),
+    "randaugment_magnitude": ("a whole number from 0 to 30", _whole_to(30)),
     "mixed_precision": _one_of("no", "bf16", "fp16"),
     "image_size": _WHOLE,
     "on_error": _one_of("raise", "skip"),
@@ -113,6 +119,9 @@ class TrainingConfig:
         mixup_alpha: Mix pairs of images, by shares from a beta distribution with this parameter (0.2 is usual; needs
             torchvision); 0 for none.
         cutmix_alpha: The same for rectangles of one image in another (1.0 is usual).
+        randaugment_ops: RandAugment's number of operations on each training image of a `datasets.Dataset`, before the
+            processor (2 is usual; needs torchvision); 0 for none.
+        randaugment_magnitude: How strong they are, 0 to 30.
         ema_decay: Evaluate, and end with, a moving average of the trained values, which keeps this share of itself at
             each step; None for the values themselves.
         mixed_precision: "no", "bf16" or "fp16"; None for what `accelerate launch` was told, "no" without it.
@@ -157,6 +166,8 @@ class TrainingConfig:
     class_weights: Sequence[float] | None = None
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
+    randaugment_ops: int = 0
+    randaugment_magnitude: int = 9
     ema_decay: float | None = None
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     image_size: int | None = None

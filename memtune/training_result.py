@@ -1,9 +1,12 @@
-"""What a training run measured."""
+"""How far a training run has come, and what it measured."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from .drawing import new_figure
 from .errors import MemtuneError
@@ -55,3 +58,34 @@ class TrainingResult:
         left.legend()
         left.grid(alpha=0.3)
         figure.savefig(path)
+
+
+@dataclass
+class Progress:
+    """How far a run has come; a checkpoint holds all of it.
+
+    Attributes:
+        step: Steps done.
+        batches: Batches of the present epoch that are done.
+        order: State, before the present epoch, of the generator that orders the images.
+        seconds: Time of the present epoch.
+        all_seconds: Time of the run.
+        sums: Of the present epoch: losses, images; those of all processes together in a checkpoint.
+        log_sums: The same since the last entry of the log.
+        history: As in `TrainingResult`.
+        log_history: The same.
+    """
+
+    step: int = 0
+    batches: int = 0
+    order: Tensor = field(default_factory=lambda: torch.Generator().get_state())
+    seconds: float = 0.0
+    all_seconds: float = 0.0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2))
+    log_sums: Tensor = field(default_factory=lambda: torch.zeros(2))
+    history: list[dict[str, float]] = field(default_factory=list)
+    log_history: list[dict[str, float]] = field(default_factory=list)
+
+    def result(self) -> TrainingResult:
+        """What was measured so far."""
+        return TrainingResult(self.history, self.log_history, self.step, self.all_seconds)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from .augmentation import make_augmentation
 from .averaging import BestValues, MovingAverage
 from .backbones import Backbone
 from .callbacks import TrainingCallback
@@ -32,40 +33,13 @@ from .preparation import make_loader, release
 from .run_settings import describe_run
 from .training_checkpoint import RunCheckpoints
 from .training_config import TrainingConfig
-from .training_result import TrainingResult
+from .training_result import Progress, TrainingResult
 from .tuned import TunedModel
 
 logger = logging.getLogger(__name__)
 
 LossFunction: TypeAlias = Callable[[ImageClassifierOutput, Tensor], Tensor]
 """The mean loss of a batch from the model's output, whose logits are float32, and the labels (batch,)."""
-
-
-@dataclass
-class Progress:
-    """How far a run has come; a checkpoint holds all of it.
-
-    Attributes:
-        step: Steps done.
-        batches: Batches of the present epoch that are done.
-        order: State, before the present epoch, of the generator that orders the images.
-        seconds: Time of the present epoch.
-        all_seconds: Time of the run.
-        sums: Of the present epoch: losses, images; those of all processes together in a checkpoint.
-        log_sums: The same since the last entry of the log.
-        history: As in `TrainingResult`.
-        log_history: The same.
-    """
-
-    step: int = 0
-    batches: int = 0
-    order: Tensor = field(default_factory=lambda: torch.Generator().get_state())
-    seconds: float = 0.0
-    all_seconds: float = 0.0
-    sums: Tensor = field(default_factory=lambda: torch.zeros(2))
-    log_sums: Tensor = field(default_factory=lambda: torch.zeros(2))
-    history: list[dict[str, float]] = field(default_factory=list)
-    log_history: list[dict[str, float]] = field(default_factory=list)
 
 
 class TrainingRun:
@@ -95,6 +69,7 @@ class TrainingRun:
         self._callbacks = callbacks
         self._begun: list[TrainingCallback] = []
         self._average = None if config.ema_decay is None else MovingAverage(model.task, config.ema_decay)
+        self._augmentation = make_augmentation(config)
         self._mixing = make_mixing(config, len(model.task.labels))
         self._best = BestValues(config.metric_for_best_model)
         self._checkpoints: RunCheckpoints | None = None
@@ -108,7 +83,7 @@ class TrainingRun:
         self._order = torch.Generator().manual_seed(config.seed)
         self.progress.order = self._order.get_state()
         evaluation = None if eval_dataset is None else make_loader(tuned, eval_dataset, config, accelerator)
-        loader = make_loader(tuned, train_dataset, config, accelerator, order=self._order)
+        loader = make_loader(tuned, train_dataset, config, accelerator, order=self._order, augment=self._augmentation)
         prepared = accelerator.prepare(tuned, make_optimizer(tuned, config), loader)
         self.model, self._optimizer, self._loader = prepared
         self._eval_loader = None if evaluation is None else accelerator.prepare(evaluation)
@@ -185,6 +160,7 @@ class TrainingRun:
     def _batches(self) -> Iterable[dict[str, Any]]:
         """The batches of the present epoch that are not done yet."""
         self._order.set_state(self.progress.order)
+        self._loader.iteration = len(self.progress.history)  # the epoch, of which Accelerate tells the data set
         done = self.progress.batches
         return self.accelerator.skip_first_batches(self._loader, done) if done else self._loader
 
@@ -287,8 +263,7 @@ class TrainingRun:
 
     def result(self) -> TrainingResult:
         """What the run did so far."""
-        progress = self.progress
-        return TrainingResult(progress.history, progress.log_history, progress.step, progress.all_seconds)
+        return self.progress.result()
 
     def close(self) -> None:
         """End trackers and callbacks, and take off the model what Accelerate put on it."""

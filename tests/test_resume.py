@@ -175,6 +175,19 @@ def test_another_run_is_refused(tmp_path):
         memtune.fit(with_dropout(), items(), resume_from_checkpoint=True)
 
 
+def test_a_run_that_is_older_than_a_setting_goes_on_with_its_default(tmp_path):
+    expected, _ = fit(tmp_path / "a")
+    fit(tmp_path / "b", stop=3)
+    for described in (tmp_path / "b").glob("*/run.json"):
+        description = json.loads(described.read_text())
+        del description["settings"]["randaugment_magnitude"]
+        described.write_text(json.dumps(description))
+    with pytest.raises(ConfigError, match="randaugment_magnitude: got 3, the folder has 9"):
+        fit(tmp_path / "b", resume=True, randaugment_magnitude=3)
+    values, _ = fit(tmp_path / "b", resume=True)
+    assert equal(values, expected)
+
+
 def test_settings_without_effect_may_change(tmp_path):
     expected, _ = fit(tmp_path / "a")
     fit(tmp_path / "b", stop=3)

@@ -1,6 +1,6 @@
 """timm's vision transformers: the contract of every method, and transformers' own models with the same weights.
 
-Where timm is not installed, `test_timm_installed.py` runs this file in a process that has it.
+Where timm is not installed, `test_timm_and_torchvision.py` runs this file in a process that has it.
 """
 
 from __future__ import annotations
