@@ -18,6 +18,6 @@ from .training import fit as fit
 from .training_config import TrainingConfig as TrainingConfig
 from .tuned import TunedModel as TunedModel
 from .tuned import load as load
-from .tuned import wrap as wrap
+from .wrap import wrap as wrap
 
 __version__ = "0.1.0"

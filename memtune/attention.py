@@ -188,8 +188,7 @@ def _trunk_scores(site: Site, trunk: TrunkBlock, query: Tensor) -> Tensor:
     key = trunk.key.to(query.dtype)
     if _reads_side_by_side(site, query):
         wide = _in_own_part(query)
-        for reader in site.readers:
-            more = reader.queries(query)
+        for more in [reader.queries(wide) for reader in site.readers]:
             wide = wide if more is None else wide + more.to(wide.dtype)
         scores = (wide.flatten(1, 2) @ _side_by_side(key).mT).unflatten(1, query.shape[1:3])
     else:
@@ -204,11 +203,9 @@ def _trunk_context(site: Site, trunk: TrunkBlock, weights: Tensor) -> Tensor:
     if not _reads_side_by_side(site, weights):
         return weights @ value
     wide = (weights.flatten(1, 2) @ _side_by_side(value)).unflatten(1, weights.shape[1:3])
-    context = _own_part(wide)
-    for reader in site.readers:
-        more = reader.context(wide)
-        context = context if more is None else context + more.to(context.dtype)
-    return context
+    for more in [reader.context(wide) for reader in site.readers]:
+        wide = wide if more is None else wide + more.to(wide.dtype)
+    return _own_part(wide)
 
 
 def _reads_side_by_side(site: Site, asking: Tensor) -> bool:

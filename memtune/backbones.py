@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 
 from .errors import UnsupportedBackboneError
-from .families import PLAIN_TOWERS, TOWERS, Family
+from .families import AUTO_TOWERS, PLAIN_TOWERS, TOWERS
+from .family import Family
 from .fused import LinearPart
 from .timm_models import timm_class, wrap_timm
 from .timm_towers import TOWER, check_timm, find_timm_tower
@@ -50,13 +51,29 @@ def as_pretrained(model: nn.Module) -> PreTrainedModel:
 
 
 class Block:
-    """One transformer block, its parts known by their roles."""
+    """One transformer block, its parts known by their roles.
 
-    def __init__(self, index: int, module: nn.Module, paths: Mapping[str, str], head_width: str = "head_dim") -> None:
+    Args:
+        index: Its place among the tower's blocks.
+        module: The block.
+        paths: The path of each role in it.
+        head_width: Where its attention module keeps the width of a head.
+        key_norm: The path of a norm between the first norm and keys and values, which the block may lack.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        module: nn.Module,
+        paths: Mapping[str, str],
+        head_width: str = "head_dim",
+        key_norm: str | None = None,
+    ) -> None:
         self.index = index
         self.module = module
         self._paths = paths
         self._head_width = head_width
+        self._key_norm = key_norm if key_norm and key_norm in dict(module.named_modules()) else None
 
     def _path(self, role: str) -> str:
         if role not in self._paths:
@@ -83,6 +100,16 @@ class Block:
         yield own
         if isinstance(layer, LinearPart):
             layer.write(own)
+
+    @property
+    def key_norms(self) -> list[nn.Module]:
+        """The norms that a token passes, in order, before its key and value are made.
+
+        Where keys and values are those of a map reduced by a convolution, a further token is one of the reduced map:
+        it has no place in the map to be reduced, but the norm of what the convolution gives.
+        """
+        more = [] if self._key_norm is None else [self.module.get_submodule(self._key_norm)]
+        return [self["norm1"], *more]
 
     @property
     def width(self) -> int:
@@ -114,14 +141,17 @@ class Backbone:
         self.model = as_pretrained(model)
         self.tower, self.family = self._find_tower(self.model)
         modules = _descend(self.tower, self.family.blocks)
-        roles, head_width = self.family.roles, self.family.head_width
-        self.blocks = [Block(index, module, roles, head_width) for index, module in enumerate(modules)]
+        family = self.family
+        self.blocks = [
+            Block(index, module, family.roles, family.head_width, family.key_norm)
+            for index, module in enumerate(modules)
+        ]
 
     @staticmethod
     def _find_tower(model: PreTrainedModel) -> tuple[Any, Family]:
         if (found := find_timm_tower(model)) is not None:
             return found
-        known = TOWERS | PLAIN_TOWERS
+        known = TOWERS | AUTO_TOWERS | PLAIN_TOWERS
         for module in model.modules():
             for kind in type(module).__mro__:
                 if kind.__name__ in known:
@@ -171,6 +201,12 @@ class Backbone:
     def reads_class_token(self) -> bool:
         """Whether its feature is that of the class token alone."""
         return self.class_token is not None and self.family.reads_class_token(self.tower)
+
+    @property
+    def starts_later(self) -> bool:
+        """Whether a pass may start at a later block, from the states that enter it."""
+        family = self.family
+        return family.attention_function and not family.staged and family.ends_at_last_block
 
     @property
     def takes_arguments(self) -> bool:

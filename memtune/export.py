@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from .arrangement import Arrangement
 from .backbones import Backbone
 from .checks import check_images, check_task_names
 from .errors import ConfigError, MemtuneError
-from .lanes import AdaptedLane, Seen, arrange
+from .lanes import AdaptedLane, Seen
 from .multitask import MultiTaskModel
 from .task import Task
 from .tuned import TunedModel
@@ -128,7 +129,7 @@ def _chosen(model: MultiTaskModel | TunedModel, names: Sequence[str] | None) -> 
         return {LOGITS: model.task}
     if not isinstance(model, MultiTaskModel):
         raise ConfigError(f"got {type(model).__name__}, expected a MultiTaskModel or a TunedModel")
-    known = model._arrangement.tasks
+    known = model.arrangement.tasks
     asked = list(known) if names is None else names
     check_task_names("tasks", asked, known)
     if taken := sorted({BASE, INPUT} & set(asked)):
@@ -154,7 +155,8 @@ class _Graph(nn.Module):
         backbone = Backbone(model.backbone)
         self._size = _check_size(image_size, backbone)
         self._interpolate = not backbone.family.any_size and self._size != backbone.image_size
-        self._trunk, self._lanes = arrange(backbone, tasks)
+        arrangement = Arrangement.of(backbone, tasks)
+        self._trunk, self._lanes = arrangement.trunk, arrangement.lanes
         self._classes = {name: len(task.labels) for name, task in tasks.items()}
         if backbone.family.attention_function:
             for view in (

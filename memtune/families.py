@@ -7,50 +7,24 @@ A *tower* is the transformer inside a model (`ViTModel` in `ViTForImageClassific
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .family import Family, roles
 from .views import shadow_config
 
-
-def _roles(
-    norm1: str, norm2: str, attention: str, out: str, fc1: str = "mlp.fc1", fc2: str = "mlp.fc2"
-) -> dict[str, str]:
-    """The paths of a block's roles; `a|b` stands for the first of the two that the block has."""
-    return {
-        "norm1": norm1,
-        "attention": attention,
-        "query": f"{attention}.q_proj",
-        "key": f"{attention}.k_proj",
-        "value": f"{attention}.v_proj",
-        "out": f"{attention}.{out}",
-        "norm2": norm2,
-        "fc1": fc1,
-        "fc2": fc2,
-    }
-
-
-HEAD_NAME = "classifier"
-"""What every image classification class of transformers calls its head."""
-
-_VIT = _roles("layernorm_before", "layernorm_after", "attention", "o_proj")
-_DINO = _roles("norm1", "norm2", "attention", "o_proj", "mlp.fc1|mlp.up_proj", "mlp.fc2|mlp.down_proj")
-_CLIP = _roles("layer_norm1", "layer_norm2", "self_attn", "out_proj")
+_DINO = roles("norm1", "norm2", "attention", "o_proj", "mlp.fc1|mlp.up_proj", "mlp.fc2|mlp.down_proj")
+_CLIP = roles("layer_norm1", "layer_norm2", "self_attn", "out_proj")
 
 
 def _dense_roles(inner: str, norm1: str, norm2: str, fc1: str, fc2: str) -> dict[str, str]:
     """The same for modules in the style of BERT; `inner` holds the projections of query, key and value."""
     projections = {role: f"attention.{inner}.{role}" for role in ("query", "key", "value")}
-    return _roles(norm1, norm2, "attention", "output.dense", fc1, fc2) | projections
-
-
-def _class_feature(tower: nn.Module, output: Any) -> Tensor:
-    return output.last_hidden_state[:, 0]
+    return roles(norm1, norm2, "attention", "output.dense", fc1, fc2) | projections
 
 
 def _mean_feature(tower: nn.Module, output: Any) -> Tensor:
@@ -71,6 +45,12 @@ def _map_feature(tower: nn.Module, output: Any) -> Tensor:
     return states.mean(dim=(2, 3)) if states.ndim == 4 else states.mean(dim=1)
 
 
+def _last_map_feature(tower: nn.Module, output: Any) -> Tensor:
+    """The mean of an AutoBackbone's last map, which has no class token; of tokens in place of a map that token."""
+    last = output.feature_maps[-1]
+    return last.mean(dim=(2, 3)) if last.ndim == 4 else last[:, 0]
+
+
 def _beit_pools(tower: Any) -> bool:
     return tower.config.use_mean_pooling and tower.pooler is not None
 
@@ -83,12 +63,6 @@ def _beit_feature(tower: Any, output: Any) -> Tensor:
 def _beit_norm(tower: Any) -> nn.Module:
     pooler: Any = tower.pooler if tower.config.use_mean_pooling else None
     return tower.layernorm if pooler is None else pooler.layernorm
-
-
-def _table_position(tower: Any) -> Tensor | None:
-    """The class token's row of a position table (1, tokens, width), or None where the tower has no table."""
-    table = tower.embeddings.position_embeddings
-    return None if table is None else table[:, :1]
 
 
 def _embedding_position(tower: Any) -> Tensor:
@@ -161,59 +135,6 @@ def _beit_stream(block: Any) -> None:
     block.relative_position_bias = None
 
 
-def _put_classifier(model: nn.Module, head: nn.Module) -> bool:
-    there = HEAD_NAME in model._modules
-    if there:
-        model.add_module(HEAD_NAME, head)
-    return there
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one tower class names its parts (a row of the role table)."""
-
-    name: str
-    blocks: str
-    roles: Mapping[str, str] = field(default_factory=lambda: _VIT)
-    class_token: str | None = "embeddings.cls_token"
-    class_position: Callable[[Any], Tensor | None] = _table_position
-    first_norm: str | None = None
-    """A norm between the embeddings and the first block."""
-    final_norm: Callable[[Any], nn.Module] = lambda tower: tower.layernorm
-    feature: Callable[[nn.Module, Any], Tensor] = _class_feature
-    reads_class_token: Callable[[Any], bool] = lambda tower: True
-    """Where there is a class token: whether the feature is that token's."""
-    any_size: bool = False
-    """The tower takes images of any size without being asked."""
-    refuses_size: Callable[[Any, int, int], str | None] = lambda tower, height, width: None
-    """Why a tower of any size takes no images of this height and width; None if it does."""
-    windowed: bool = False
-    attention_function: bool = True
-    """The attention modules call the function that transformers' AttentionInterface names."""
-    images_alone: bool = True
-    """The tower takes images without text."""
-    hides_patches: bool = False
-    """The tower drops patches at random; a view of it does not."""
-    patches: str = "embeddings"
-    """Where the convolution that makes the patches is."""
-    patch_size: Callable[[Any], Any] = lambda config: config.patch_size
-    image_size: Callable[[Any], Any] = lambda config: config.image_size
-    head_width: str = "head_dim"
-    """Where the attention module keeps the width of a head."""
-    prepare_view: Callable[[Any], None] = lambda tower: None
-    prepare_stream: Callable[[Any], None] = lambda block: None
-    tower_arguments: Callable[[Any, Tensor], dict[str, Any]] = lambda tower, pixel_values: {}
-    stream_arguments: Callable[[nn.Module, nn.Module, Tensor], dict[str, Any]] = lambda block, tower, token: {}
-    selected_arguments: Callable[[nn.Module, Tensor, dict[str, Any]], dict[str, Any]] = (
-        lambda tower, positions, arguments: arguments
-    )
-    """A block's keyword arguments for the tokens at `positions` (batch, k) alone, made of those for all tokens."""
-    as_classifier: Callable[[Any], Any] | None = None
-    """A view of a model in its image classification class; None for the way that all of transformers' models have."""
-    put_head: Callable[[Any, nn.Module], bool] = _put_classifier
-    """Gives an image classification model another head; False where it has none."""
-
-
 TOWERS: dict[str, Family] = {
     "ViTModel": Family("vit", "layers.*"),
     "DeiTModel": Family("deit", "layers.*"),
@@ -271,10 +192,35 @@ TOWERS: dict[str, Family] = {
         class_token=None,
         feature=_swin_feature,
         any_size=True,
-        windowed=True,
+        staged="within windows",
         prepare_view=_swin_view,
     ),
+    "SegformerModel": Family(
+        "segformer",
+        "stages.*.blocks.*",
+        class_token=None,
+        final_norm=lambda tower: tower.stages[-1].layer_norm,
+        feature=_map_feature,
+        any_size=True,
+        staged="to reduced maps",
+        key_norm="attention.sequence_reduction.layer_norm",
+        patches="stages.0.patch_embeddings",
+        patch_size=lambda config: config.patch_sizes[0],
+        image_size=lambda config: 512,  # its configuration names none: the size of its segmentation checkpoints
+    ),
 }
+
+AUTO_TOWERS: dict[str, Family] = {
+    f"{name}Backbone": replace(
+        TOWERS[f"{name}Model"],
+        name=f"{TOWERS[f'{name}Model'].name}_backbone",
+        feature=_last_map_feature,
+        ends_at_last_block=False,  # the last map may be of an earlier block
+        reads_class_token=lambda tower: not tower.config.reshape_hidden_states,
+    )
+    for name in ("Dinov2", "Dinov2WithRegisters")
+}
+"""AutoBackbones that are towers themselves, with maps of some blocks as their output; others have one of `TOWERS`."""
 
 PLAIN_TOWERS: dict[str, Family] = {
     "ViltModel": Family(
@@ -293,7 +239,7 @@ PLAIN_TOWERS: dict[str, Family] = {
         class_token=None,
         feature=_swin_feature,
         any_size=True,
-        windowed=True,
+        staged="within windows",
         attention_function=False,
         head_width="self.attention_head_size",
     ),
@@ -303,22 +249,11 @@ PLAIN_TOWERS: dict[str, Family] = {
         _dense_roles("self", "layer_norm_1", "layer_norm_2", "mlp.dense1", "mlp.dense2"),
         class_token=None,
         final_norm=lambda tower: tower.encoder.layer_norm,
+        staged="to reduced maps",
         attention_function=False,
         patches="encoder.patch_embeddings.0",
         patch_size=lambda config: config.patch_sizes[0],
         head_width="self.attention_head_size",
-    ),
-    "SegformerModel": Family(  # it calls an attention function, but with keys and values of a reduced map
-        "segformer",
-        "stages.*.blocks.*",
-        class_token=None,
-        final_norm=lambda tower: tower.stages[-1].layer_norm,
-        feature=_map_feature,
-        any_size=True,
-        attention_function=False,
-        patches="stages.0.patch_embeddings",
-        patch_size=lambda config: config.patch_sizes[0],
-        image_size=lambda config: 512,  # its configuration names none: the size of its segmentation checkpoints
     ),
 }
 """Towers whose attention modules compute attention themselves: for methods that need no attention function."""

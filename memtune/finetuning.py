@@ -27,7 +27,8 @@ from .registry import method_names, read_config
 from .training import fit
 from .training_arguments import add_training_arguments, read_training_arguments
 from .training_config import TrainingConfig
-from .tuned import TunedModel, wrap
+from .tuned import TunedModel
+from .wrap import wrap
 
 RESULTS_NAME = "all_results.json"
 

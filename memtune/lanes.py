@@ -1,19 +1,9 @@
-"""How several tasks run over one pass of the trunk: which of them share a stream, and what they share of the trunk.
-
-A *lane* is a stream for one or more tasks:
-
-- tasks of masked mode share one task stream, their tokens side by side;
-- tasks of unmasked mode that first change the same block share an adapted stream that starts there, their images one
-  after the other;
-- a task that only has a head reads the trunk's own feature;
-- a task of a method that cannot be stacked has a lane of its own, and so has one that extends others;
-- tasks without a head, which give features, have lanes of their own.
-"""
+"""Lanes: streams for one or more tasks of a multi-task model, with the tasks' heads at their end."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,10 +12,9 @@ from torch import Tensor
 
 from .backbones import Backbone
 from .following import Follower
-from .passes import KeysValues, Pass, extended
-from .registry import find_method
+from .passes import KeysValues, Pass
 from .stacking import Selection, Stack, per_task
-from .streams import AdaptedStream, TaskStream, Trunk
+from .streams import AdaptedStream, TaskStream
 from .task import Task
 
 eager = torch.compiler.disable(recursive=False)
@@ -157,24 +146,27 @@ class MaskedLane(Lane):
     Args:
         backbone: The backbone.
         tasks: The tasks, by name; more than one only of stackable methods.
+        extend: Gives the pass as tasks see it that extend others; None for the trunk's own.
     """
 
     reads_trunk = True
 
-    def __init__(self, backbone: Backbone, tasks: Mapping[str, Task]) -> None:
+    def __init__(
+        self, backbone: Backbone, tasks: Mapping[str, Task], extend: Callable[[Seen], Pass] | None = None
+    ) -> None:
         self.stream = TaskStream(backbone)
         super().__init__(tasks, self.stream.selection)
         parts = list(tasks.values())
         attach(parts, self.stream)
         self._tokens = Stack(parts, self.selection).rows(lambda task: task.token()[0, 0])  # (tasks, width)
-        self._earlier = Earlier(backbone, parts[0].extends) if parts[0].extends else None
+        self._extend = extend
 
     @eager
     def follow(
         self, names: Sequence[str], *, by_row: bool, images: Tensor | None, device: torch.device
     ) -> Follower | None:
         """A pass that goes along with the trunk, unless it needs what is known only after the trunk."""
-        if self._earlier is not None or self.stream.needs_query:
+        if self._extend is not None or self.stream.needs_query:
             return None
         self.selection.choose(self._index(names, device, by_row=by_row), by_row=by_row)
         return Follower(self.stream, self.selection.spread(self._tokens), images)
@@ -194,29 +186,7 @@ class MaskedLane(Lane):
         return record
 
     def _current(self, seen: Seen) -> Pass:
-        return seen.current if self._earlier is None else self._earlier.extend(seen)
-
-
-class Earlier:
-    """Earlier tasks that a task extends: it reads what their tokens and memory are made of, as it reads the trunk.
-
-    "Extension" in table 1 of https://arxiv.org/abs/2203.15243; the earlier tasks do not know of the later one.
-
-    Args:
-        backbone: The backbone.
-        tasks: The earlier tasks, by name.
-    """
-
-    def __init__(self, backbone: Backbone, tasks: Mapping[str, Task]) -> None:
-        self._lanes = [lane for lane in make_lanes(backbone, tasks) if isinstance(lane, MaskedLane)]
-
-    @torch.no_grad()
-    def extend(self, seen: Seen) -> Pass:
-        """The pass of the trunk as a task sees it that extends these."""
-        trunk = seen.current.trunk
-        for lane in self._lanes:
-            trunk = [extended(block, further) for block, further in zip(trunk, lane.record(seen), strict=True)]
-        return replace(seen.current, trunk=trunk)
+        return seen.current if self._extend is None else self._extend(seen)
 
 
 class AdaptedLane(Lane):
@@ -273,7 +243,7 @@ class AdaptedLane(Lane):
 
 def attach(tasks: Sequence[Task], stream: AdaptedStream | TaskStream) -> None:
     """Make a stream use the adapters of one task, or of several."""
-    if len(tasks) == 1 and not is_stackable(tasks[0]):
+    if len(tasks) == 1 and not tasks[0].stackable:
         for adapter in tasks[0].adapters:
             adapter.attach(stream)
         return
@@ -285,48 +255,3 @@ def attach(tasks: Sequence[Task], stream: AdaptedStream | TaskStream) -> None:
 
 def _get(adapters: Sequence[Any], number: int) -> Any:
     return adapters[number] if number < len(adapters) else None
-
-
-def is_stackable(task: Task) -> bool:
-    """Whether a task can share a stream with others."""
-    return all(find_method(method).stackable for method in task.methods)
-
-
-def first_changed_block(task: Task, backbone: Backbone) -> int:
-    """The first block whose states an unmasked task changes; the backbone's depth if it changes none."""
-    family = backbone.family
-    changed = [block for adapter in task.adapters for block in adapter.changed_blocks(backbone)]
-    if task.class_token is not None or family.windowed or not family.attention_function:
-        return 0
-    return min(changed, default=backbone.depth)
-
-
-def make_lanes(backbone: Backbone, tasks: Mapping[str, Task]) -> list[Lane]:
-    """The lanes for tasks, in the order of computation."""
-    groups: dict[Any, dict[str, Task]] = {}
-    for name, task in tasks.items():
-        first = None if task.masked else first_changed_block(task, backbone)
-        own = None if is_stackable(task) and not task.extends else name
-        groups.setdefault((first, own, task.head is None), {})[name] = task
-    return [_make_lane(backbone, group, first) for (first, *_), group in groups.items()]
-
-
-def arrange(backbone: Backbone, tasks: Mapping[str, Task], before: Trunk | None = None) -> tuple[Trunk, list[Lane]]:
-    """The lanes for tasks, and the trunk that they read: it keeps the states that adapted streams start from.
-
-    Args:
-        backbone: The backbone.
-        tasks: The tasks, by name.
-        before: A trunk of the backbone that there is already; it is taken if it will do, so that what `torch.compile`
-            made of it is not made again.
-    """
-    lanes = make_lanes(backbone, tasks)
-    starts = {lane.first_block for lane in lanes if isinstance(lane, AdaptedLane)} - {0}
-    trunk = before if before is not None and before.keep_states == starts else Trunk(backbone, keep_states=starts)
-    return trunk, lanes
-
-
-def _make_lane(backbone: Backbone, tasks: Mapping[str, Task], first_block: int | None) -> Lane:
-    if first_block is None:
-        return MaskedLane(backbone, tasks)
-    return HeadLane(tasks, Selection()) if first_block == backbone.depth else AdaptedLane(backbone, tasks, first_block)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from .answering import answer_all, answer_each
+from .arrangement import Arrangement
 from .backbones import Backbone
 from .card import public_name
 from .checkpoint import read_folder
@@ -25,10 +25,9 @@ from .conventions import VisionModel
 from .errors import CheckpointError, ConfigError, InputError, MemtuneError
 from .freezing import Hold
 from .hub import find_collection, load_recorded_backbone, make_repository, push_folder
-from .lanes import Lane, arrange, eager
+from .lanes import eager
 from .plan import Plan, make_plan
 from .sources import SourceReader, TaskSource
-from .streams import Trunk
 from .task import Task
 
 _CHANGES = threading.Lock()
@@ -63,19 +62,6 @@ class MixedOutput(list[TaskOutput]):
         self.base = base
 
 
-@dataclass(frozen=True)
-class _Arrangement:
-    """What a pass runs: replaced as a whole when tasks come or go, so that a pass under way keeps its own."""
-
-    trunk: Trunk
-    lanes: list[Lane]
-    tasks: dict[str, Task]
-
-    @classmethod
-    def of(cls, backbone: Backbone, tasks: Mapping[str, Task], before: _Arrangement | None = None) -> _Arrangement:
-        return cls(*arrange(backbone, tasks, None if before is None else before.trunk), dict(tasks))
-
-
 class MultiTaskModel(VisionModel):
     """A frozen backbone with several tasks, for inference: one pass over an image answers all of them.
 
@@ -83,7 +69,10 @@ class MultiTaskModel(VisionModel):
 
     Attributes:
         backbone: The backbone; its own forward is never changed.
+        arrangement: What a pass runs; replaced as a whole when tasks come or go, so that one under way keeps its own.
     """
+
+    arrangement: Arrangement
 
     def __init__(self, backbone: PreTrainedModel | nn.Module) -> None:
         super().__init__()
@@ -92,13 +81,13 @@ class MultiTaskModel(VisionModel):
         self._hold = Hold(backbone)
         backbone.eval()
         self._processors: dict[str, Any] = {}
-        self._arrange(described, {})
+        self.arrangement = Arrangement.of(described, {})
         self.eval()
 
     @property
     def tasks(self) -> dict[str, list[str]]:
         """The labels of each task, by its name; none of a task without a head."""
-        return {name: list(task.labels) for name, task in self._arrangement.tasks.items()}
+        return {name: list(task.labels) for name, task in self.arrangement.tasks.items()}
 
     @property
     def processors(self) -> dict[str, Any]:
@@ -107,15 +96,12 @@ class MultiTaskModel(VisionModel):
 
     def masked_tasks(self) -> dict[str, Task]:
         """Copies of the tasks of masked mode, by name."""
-        return {name: copy.deepcopy(task) for name, task in self._arrangement.tasks.items() if task.masked}
-
-    def _arrange(self, backbone: Backbone, tasks: Mapping[str, Task], before: _Arrangement | None = None) -> None:
-        self._arrangement = _Arrangement.of(backbone, tasks, before)
+        return {name: copy.deepcopy(task) for name, task in self.arrangement.tasks.items() if task.masked}
 
     def add_tasks(self, tasks: Mapping[str, TaskSource], *, any_weights: bool = False) -> None:
         """Add tasks (see `combine`), those that extend others after them; if one cannot be added, none is."""
         with _CHANGES:
-            before, backbone = self._arrangement.tasks, Backbone(self.backbone)
+            before, backbone = self.arrangement.tasks, Backbone(self.backbone)
             reader = SourceReader(backbone, any_weights=any_weights)
             added: dict[str, Task] = {}
             processors: dict[str, Any] = {}
@@ -133,7 +119,7 @@ class MultiTaskModel(VisionModel):
                 except MemtuneError as error:
                     raise type(error)(f"task {name!r}: {error}") from error
                 added[name] = task.requires_grad_(False).eval().to(self.backbone.device)
-            self._arrange(backbone, before | added, self._arrangement)
+            self.arrangement = Arrangement.of(backbone, before | added, self.arrangement)
             self._processors |= processors
 
     def _filled(self, tasks: Mapping[str, TaskSource], any_weights: bool) -> MultiTaskModel:
@@ -156,10 +142,10 @@ class MultiTaskModel(VisionModel):
             ConfigError: There is no such task.
         """
         with _CHANGES:
-            before = self._arrangement.tasks
+            before = self.arrangement.tasks
             check_task_names("tasks", [name], before)
             tasks = {other: task for other, task in before.items() if other != name}
-            self._arrange(Backbone(self.backbone), tasks, self._arrangement)
+            self.arrangement = Arrangement.of(Backbone(self.backbone), tasks, self.arrangement)
             self._processors.pop(name, None)
 
     def forward(
@@ -193,7 +179,7 @@ class MultiTaskModel(VisionModel):
     def _answer(
         self, pixel_values: Tensor, tasks: Sequence[str] | None, rows: Sequence[str] | None, interpolate: bool
     ) -> MultiTaskOutput | MixedOutput:
-        arrangement = self._arrangement
+        arrangement = self.arrangement
         pixel_values = check_images(pixel_values, arrangement.trunk.view, interpolate=interpolate)
         names = _check_names(tasks, rows, pixel_values.shape[0], arrangement.tasks)
         place = arrangement.trunk, arrangement.lanes
@@ -206,7 +192,7 @@ class MultiTaskModel(VisionModel):
 
     def plan(self) -> Plan:
         """What the tasks share, and what they cost in multiply-adds; print it to see a table."""
-        return make_plan(self._arrangement.trunk, self._arrangement.lanes)
+        return make_plan(self.arrangement.trunk, self.arrangement.lanes)
 
     def train(self, mode: bool = True) -> MultiTaskModel:
         """Stay in evaluation mode: this model is for inference; `wrap` trains."""
@@ -220,7 +206,7 @@ class MultiTaskModel(VisionModel):
             base_model_name: The backbone's name to record, where it was loaded from a path of this machine.
         """
         write_collection(
-            save_directory, self._arrangement.tasks, self.backbone, self._processors, base_model_name or None
+            save_directory, self.arrangement.tasks, self.backbone, self._processors, base_model_name or None
         )
 
     def push_to_hub(
@@ -242,7 +228,7 @@ class MultiTaskModel(VisionModel):
         repo_id = make_repository(repo_id, private=private, token=token)
         name = public_name(base_model_name or self.backbone.name_or_path) or ""  # no path of this machine gets out
         with TemporaryDirectory() as folder:
-            write_collection(folder, self._arrangement.tasks, self.backbone, self._processors, name)
+            write_collection(folder, self.arrangement.tasks, self.backbone, self._processors, name)
             options: dict[str, Any] = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
             return push_folder(Path(folder), repo_id, token=token, **options)
 
@@ -280,17 +266,17 @@ class MultiTaskModel(VisionModel):
 
     def _apply(self, *arguments: Any, **options: Any) -> MultiTaskModel:
         super()._apply(*arguments, **options)
-        tasks = {name: task._apply(*arguments, **options) for name, task in self._arrangement.tasks.items()}
-        self._arrange(Backbone(self.backbone), tasks)
+        tasks = {name: task._apply(*arguments, **options) for name, task in self.arrangement.tasks.items()}
+        self.arrangement = Arrangement.of(Backbone(self.backbone), tasks)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_arrangement": self._arrangement.tasks}
+        return {**self.__dict__, "arrangement": self.arrangement.tasks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._hold.join(self.backbone)
-        self._arrange(Backbone(self.backbone), state["_arrangement"])
+        self.arrangement = Arrangement.of(Backbone(self.backbone), state["arrangement"])
 
 
 def _as_output(task: Task, answer: Tensor) -> TaskOutput:

@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .arrangement import Earlier
 from .backbones import Backbone
 from .checks import check_images, check_task_names
 from .errors import ConfigError, InputError, UnsupportedBackboneError
-from .lanes import Earlier, Seen
+from .lanes import Seen
 from .multitask import MultiTaskModel
 from .passes import Pass
 from .streams import AdaptedStream, TaskStream, Trunk
@@ -175,7 +176,7 @@ def _find_task(model: Any, name: str | None) -> tuple[Task, Any]:
         return model.task, model.processor
     if not isinstance(model, MultiTaskModel):
         raise ConfigError(f"model: got {type(model).__name__}, expected a TunedModel or a MultiTaskModel")
-    tasks = model._arrangement.tasks
+    tasks = model.arrangement.tasks
     if name is None:
         raise ConfigError(f"task: got none for a model of several; expected one of {list(tasks)}")
     check_task_names("task", [name], tasks)
@@ -185,8 +186,8 @@ def _find_task(model: Any, name: str | None) -> tuple[Task, Any]:
 def _check_backbone(backbone: Backbone, masked: bool) -> None:
     """Raise unless there is one token that reads all of the image for the head."""
     family, name = backbone.family, type(backbone.model).__name__
-    if family.windowed or not family.attention_function:
-        why = "attend within windows" if family.windowed else "compute attention themselves, and leave no weights"
+    if family.staged or not family.attention_function:
+        why = f"attend {family.staged}" if family.staged else "compute attention themselves, and leave no weights"
         raise UnsupportedBackboneError(
             f"got {name}, whose blocks {why}; attention can be shown of backbones with global attention by "
             "transformers' AttentionInterface, such as ViT, DeiT, DINOv2, DINOv3 and CLIP"

@@ -35,13 +35,13 @@ class TrunkReader(Protocol):
     """
 
     def queries(self, query: Tensor) -> Tensor | None:
-        """Queries x on K, all heads side by side, that give what K' has more: x K^T = q (K' - K)^T.
+        """Queries y on K that give what K' has more: y K^T = x (K' - K)^T.
 
         Args:
-            query: q, (rows, heads, tasks, head width).
+            query: x, (rows, heads, tasks, width): for each head and task a query on K with all heads side by side.
 
         Returns:
-            (rows, heads, tasks, width), or None if K' is K.
+            The same shape, or None if K' is K.
         """
         ...
 
@@ -49,10 +49,11 @@ class TrunkReader(Protocol):
         """What V' has more, p (V' - V).
 
         Args:
-            context: p V of V with all heads side by side, (rows, heads, tasks, width).
+            context: p V, (rows, heads, tasks, width): for each head and task what it takes of V with all heads side by
+                side.
 
         Returns:
-            (rows, heads, tasks, head width), or None if V' is V.
+            The same shape, or None if V' is V. Of it only what is the head's own counts.
         """
         ...
 

@@ -20,7 +20,7 @@ from .adapter import Adapter
 from .atomic import current, replace_files
 from .backbones import Backbone
 from .errors import CheckpointError, ConfigError
-from .families import HEAD_NAME
+from .family import HEAD_NAME
 from .fused import LinearPart
 from .merge import as_classifier, head_width, no_head_message, pad_head
 from .methods.lora import LoraConfig

@@ -36,7 +36,8 @@ from .sweep_space import Space, find_optuna
 from .training import fit
 from .training_config import TrainingConfig
 from .trunk_data import check_cacheable
-from .tuned import TunedModel, wrap
+from .tuned import TunedModel
+from .wrap import wrap
 
 logger = logging.getLogger(__name__)
 

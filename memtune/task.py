@@ -89,6 +89,11 @@ class Task(nn.Module):
         """The names of the methods."""
         return [config.method for config in self.configs]
 
+    @property
+    def stackable(self) -> bool:
+        """Whether it can share a stream with other tasks."""
+        return all(adapter.stackable for adapter in self.adapters)
+
     def _keys(self) -> list[str]:
         return [key for adapter in self.adapters for key in adapter.state_dict()]
 
@@ -216,8 +221,8 @@ def _check_backbone(
             f"got {name}, which takes text with its images, and this head reads images alone. Use head='backbone' and "
             "call the model with both"
         )
-    if masked and family.windowed:
+    if masked and family.staged:
         raise UnsupportedBackboneError(
-            f"masked=True: got {name}, whose blocks attend within windows: no single token can read the whole trunk. "
-            "Use masked=False, or a backbone with global attention"
+            f"masked=True: got {name}, whose blocks attend {family.staged}, in stages of several widths: no single "
+            "token can go along with all of them. Use masked=False, or a backbone with global attention"
         )

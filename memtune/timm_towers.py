@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors import UnsupportedBackboneError
-from .families import Family
+from .family import Family
 from .fused import LinearPart
 from .timm_models import timm_class, wrap_again
 from .views import shadow, shadow_config

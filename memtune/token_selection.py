@@ -77,11 +77,11 @@ class TokenTune(TrainingCallback):
             ConfigError: The model is masked: its trunk has no gradient, and one token of each image has one anyway.
             UnsupportedBackboneError: The backbone has no queries that all tokens' keys can be given to.
         """
-        stream = model._stream
+        stream = model.stream
         if not isinstance(stream, AdaptedStream):
             raise ConfigError("TokenTune: got a masked model, expected masked=False: the trunk keeps no activations")
         view = stream.view
-        if not stream.sites or view.family.windowed:
+        if not stream.sites or view.family.staged:
             raise UnsupportedBackboneError(
                 f"TokenTune: got {type(view.model).__name__}, expected a backbone with attention over all tokens by "
                 "transformers' AttentionInterface; train it without TokenTune"

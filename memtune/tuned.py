@@ -1,12 +1,12 @@
-"""`wrap()` and `TunedModel`: a backbone, what is trained for one task, and the conventions of Hugging Face models."""
+"""`TunedModel`: a backbone, what is trained for one task, and the conventions of Hugging Face models."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -14,93 +14,24 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils.generic import ModelOutput
 
-from .adapter import AdapterConfig
+from .arrangement import Earlier
 from .backbones import Backbone, as_pretrained
-from .checks import check_images, check_label_names, check_labels
+from .checks import check_images, check_labels
 from .conventions import VisionModel
 from .errors import ConfigError, InputError, MemtuneError, UnsupportedBackboneError
 from .freezing import Hold
-from .lanes import Earlier, Seen
+from .lanes import Seen
 from .merge import merge
 from .passes import Pass
-from .registry import as_config
 from .sharing import Sharing
 from .streams import AdaptedStream, TaskStream, Trunk
 from .task import Task
 
 if TYPE_CHECKING:
-    from .multitask import MultiTaskModel
+    pass
 
-_VIEWS = ("_trunk", "_stream", "_earlier", "_described")
+_VIEWS = ("_trunk", "stream", "_earlier", "_described")
 """What `TunedModel` builds anew when it is copied or changes its mode, and lacks when it is detached."""
-
-
-def wrap(
-    backbone: PreTrainedModel | nn.Module,
-    config: AdapterConfig | Sequence[AdapterConfig],
-    *,
-    labels: Sequence[str] | None = None,
-    num_labels: int | None = None,
-    head: Literal["linear", "backbone"] | None = "linear",
-    masked: bool = False,
-    extends: MultiTaskModel | None = None,
-    processor: Any = None,
-) -> TunedModel:
-    """Put an adapter for a new task on a frozen vision model.
-
-    The backbone's parameters are frozen; nothing else of it changes, and it can be wrapped again for another task.
-
-    Args:
-        backbone: A transformers vision model, with or without a head of its own; or a timm model, which then lies in
-            transformers' wrapper as the `backbone` of what is given back.
-        config: The method's settings, or one for each of several methods; a `peft.LoraConfig` is taken as well.
-        labels: Names of the task's classes, in the order of the logits.
-        num_labels: Their number, where they have no names (they are then called LABEL_0 ...).
-        head: "linear" for a new one that answers with the task's labels; "backbone" for the backbone's own, frozen as
-            it is (its decoder of segmentation maps, say), which then reads the adapted tower; None for no head: the
-            model then gives features, for a head of your own. The latter two have no labels.
-        masked: Train in the task stream: the backbone's own answer stays as it is, and tasks can share its pass.
-        extends: A model whose masked tasks the new one reads (masked mode only); they do not know of it, and stay as
-            they are. To answer, the new task needs them.
-        processor: The image processor of the task, saved with the adapter.
-
-    Raises:
-        UnsupportedBackboneError: The model has no supported vision tower, or cannot be used in masked mode or with its
-            own head.
-        ConfigError: A setting is wrong, or does not fit the backbone. Nothing has been changed.
-    """
-    backbone = as_pretrained(backbone)
-    several = config if isinstance(config, Sequence) and not isinstance(config, str) else [config]
-    earlier = {} if extends is None else _earlier_tasks(extends, backbone, masked)
-    names = _check_names(labels, num_labels, head, extends)
-    configs = [as_config(each) for each in several]
-    task = Task(configs, names, Backbone(backbone), masked, earlier, backbone_head=head == "backbone")
-    return TunedModel(backbone, task, processor=processor)
-
-
-def _check_names(
-    labels: Sequence[str] | None, num_labels: int | None, head: str | None, extends: MultiTaskModel | None
-) -> list[str]:
-    """The names of the task's classes, none without a head."""
-    if head not in ("linear", "backbone", None):
-        raise ConfigError(f"head: got {head!r}, expected 'linear', 'backbone' for its own, or None for features")
-    if head == "linear":
-        return check_label_names(labels, num_labels)
-    if (labels, num_labels, extends) != (None, None, None):
-        given = "'backbone': the model gives the backbone's output" if head else "None: the model gives features"
-        raise ConfigError(f"head={given}; labels, num_labels and extends need a head of the task's own")
-    return []
-
-
-def _earlier_tasks(model: MultiTaskModel, backbone: PreTrainedModel, masked: bool) -> dict[str, Task]:
-    if not masked:
-        raise ConfigError("extends: only a task of masked mode can read others; pass masked=True")
-    if model.backbone is not backbone:
-        raise ConfigError("extends: got a model around another backbone object; wrap its own, `extends.backbone`")
-    tasks = model.masked_tasks()
-    if not tasks:
-        raise ConfigError(f"extends: got a model whose tasks {list(model.tasks)} are all unmasked: they have no tokens")
-    return tasks
 
 
 class TunedModel(VisionModel, Sharing):
@@ -113,6 +44,7 @@ class TunedModel(VisionModel, Sharing):
         task: The parameters of the task and its labels.
         config: A copy of the backbone's configuration, with the task's labels unless the head is the backbone's.
         processor: The image processor, or None.
+        stream: What a pass runs beside the trunk; made anew whenever the mode changes.
     """
 
     accepts_loss_kwargs = False
@@ -146,12 +78,12 @@ class TunedModel(VisionModel, Sharing):
         backbone = Backbone(self.backbone)
         self._trunk = Trunk(backbone) if self.task.masked else None
         checkpointing = self._checkpointing if self.training else None
-        self._stream: AdaptedStream | TaskStream = (
+        self.stream: AdaptedStream | TaskStream = (
             TaskStream(backbone)
             if self.task.masked
             else AdaptedStream(backbone, checkpointing=checkpointing, whole_model=self.task.backbone_head)
         )
-        self.task.attach(self._stream)
+        self.task.attach(self.stream)
         self._earlier = Earlier(backbone, self.task.extends) if self.task.extends else None
         self._described = backbone
 
@@ -211,8 +143,8 @@ class TunedModel(VisionModel, Sharing):
         if self._described.family.any_size:
             given.pop("interpolate_pos_encoding", None)
         if self._enabled:
-            assert isinstance(self._stream, AdaptedStream)
-            output = self._stream.run_model(pixel_values, **given)
+            assert isinstance(self.stream, AdaptedStream)
+            output = self.stream.run_model(pixel_values, **given)
         else:
             output = self.backbone(pixel_values=pixel_values, return_dict=True, **given)
         penalty = self.task.penalty() if self.training and self._enabled else None
@@ -239,8 +171,8 @@ class TunedModel(VisionModel, Sharing):
 
     def features(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> Tensor:
         """What the head reads of images (batch, channels, height, width): (batch, width)."""
-        if isinstance(self._stream, AdaptedStream):
-            return self._stream.features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        if isinstance(self.stream, AdaptedStream):
+            return self.stream.features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         return self.features_of(self.trunk_pass(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
 
     def trunk_pass(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> Pass:
@@ -264,9 +196,9 @@ class TunedModel(VisionModel, Sharing):
         Raises:
             ConfigError: The model is unmasked.
         """
-        if isinstance(self._stream, AdaptedStream):
+        if isinstance(self.stream, AdaptedStream):
             raise ConfigError("trunk: got an unmasked model, which has none; pass pixel_values")
-        return self._stream.features(trunk, self.task.token()).squeeze(1)
+        return self.stream.features(trunk, self.task.token()).squeeze(1)
 
     def train(self, mode: bool = True) -> TunedModel:
         """Set the adapter's mode. The frozen backbone stays in evaluation mode: no dropout, no stochastic depth."""

@@ -35,7 +35,12 @@ class Facts:
     prefix: int = 1
     """Number of tokens before those of the patches."""
     windowed: bool = False
+    staged: bool = False
+    """Made of stages of several widths, whose blocks do not attend to all tokens."""
     any_size: bool = False
+    patch_size: int = 8
+    trained_size: int | None = None
+    """The size of images that the configuration does not name."""
 
 
 @dataclass(frozen=True)
@@ -141,14 +146,19 @@ _SWIN = Facts(
     prefix=0,
     feature=lambda tower, output: output.last_hidden_state.mean(1),
     windowed=True,
+    staged=True,
     any_size=True,
+    patch_size=4,
 )
 _SEGFORMER_FACTS = Facts(
     blocks="stages",
     class_token=None,
     prefix=0,
     feature=lambda tower, output: output.last_hidden_state.flatten(2).mean(2),
+    staged=True,
     any_size=True,
+    patch_size=7,
+    trained_size=512,
 )
 _PVT_FACTS = Facts(blocks="encoder.block", norm1="layer_norm_1")
 
@@ -236,20 +246,20 @@ CASES = [
     Case("siglip-two-towers", "SiglipModel", _TWO_TOWERS, _SIGLIP, "vision_model"),
     Case("swin", "SwinModel", _SWIN_SMALL, _SWIN, image_size=48, depth=3),
     Case("swin-head", "SwinForImageClassification", _SWIN_SMALL, _SWIN, "swin", image_size=48, depth=3),
+    Case("segformer", "SegformerModel", _SEGFORMER, _SEGFORMER_FACTS, depth=3),
+    Case("segformer-head", "SegformerForImageClassification", _SEGFORMER, _SEGFORMER_FACTS, "segformer", depth=3),
 ]
 
 PLAIN = [
     Case("swinv2", "Swinv2Model", _SWINV2, _SWIN, depth=3),
     Case("swinv2-head", "Swinv2ForImageClassification", _SWINV2, _SWIN, "swinv2", depth=3),
-    Case("segformer", "SegformerModel", _SEGFORMER, _SEGFORMER_FACTS, depth=3),
-    Case("segformer-head", "SegformerForImageClassification", _SEGFORMER, _SEGFORMER_FACTS, "segformer", depth=3),
     Case("pvt", "PvtModel", _PVT, _PVT_FACTS, depth=3),
     Case("pvt-head", "PvtForImageClassification", _PVT, _PVT_FACTS, "pvt", depth=3),
 ]
 """Backbones that do not use transformers' AttentionInterface."""
 
 BY_NAME = {case.name: case for case in CASES}
-GLOBAL = [case for case in CASES if not case.facts.windowed]
+GLOBAL = [case for case in CASES if not case.facts.staged]
 
 FAMILIES = [case for case in CASES if not case.tower_path]
 """One plain model of every variant of a tower."""
@@ -260,7 +270,7 @@ def each(cases: list[Case], name: str = "case") -> pytest.MarkDecorator:
     return pytest.mark.parametrize(name, cases, ids=[case.name for case in cases])
 
 
-MODES = [(case, masked) for case in CASES for masked in (False, True) if not (masked and case.facts.windowed)]
+MODES = [(case, masked) for case in CASES for masked in (False, True) if not (masked and case.facts.staged)]
 
 each_mode = pytest.mark.parametrize(
     ("case", "masked"), MODES, ids=[f"{case.name}-{'masked' if masked else 'unmasked'}" for case, masked in MODES]

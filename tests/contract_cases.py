@@ -73,7 +73,7 @@ FEW = ("vit", "swin", "clip")
 
 
 def can_be_masked(case: Case) -> bool:
-    return not case.facts.windowed and case not in PLAIN
+    return not case.facts.staged and case not in PLAIN
 
 
 def linears(block: nn.Module) -> list[nn.Linear]:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from backbone_zoo import BY_NAME, FAMILIES, PLAIN, Case, assert_same, each, outputs_equal, snapshot
+from backbone_zoo import BY_NAME, FAMILIES, Case, assert_same, each, outputs_equal, snapshot
 from multitask import tune
-from torch import Tensor
+from segformer import SlowSegformer
+from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import ModelOutput
 
@@ -39,7 +40,8 @@ MASKFORMER = {"fpn_feature_size": 32, "mask_feature_size": 8, "num_labels": 3, "
 MASKFORMER |= {"decoder_config": DETR.to_dict() | {"num_queries": 3}}
 UPERNET: dict[str, Any] = {"hidden_size": 8, "pool_scales": [1, 2], "auxiliary_channels": 8, "num_labels": 3}
 UPERNET_BEIT = BEIT | {"out_features": ["stage1", "stage2"], "reshape_hidden_states": True}
-SEGFORMER = next(case for case in PLAIN if case.name == "segformer")
+DINOV2 = BY_NAME["dinov2"].settings | {"model_type": "dinov2", "out_features": ["stage1", "stage2"]}
+SEGFORMER = BY_NAME["segformer"]
 
 SEGMENTERS = [
     Case("segformer", "SegformerForSemanticSegmentation", SEGFORMER.settings | {"num_labels": 3}),
@@ -52,6 +54,11 @@ SEGMENTERS = [
         "upernet-beit",
         "UperNetForSemanticSegmentation",
         UPERNET | {"backbone_config": UPERNET_BEIT, "auxiliary_in_channels": 16, "use_auxiliary_head": False},
+    ),
+    Case(
+        "upernet-dinov2",
+        "UperNetForSemanticSegmentation",
+        UPERNET | {"backbone_config": DINOV2, "auxiliary_in_channels": 16, "use_auxiliary_head": False},
     ),
     Case(
         "mask2former",
@@ -69,7 +76,7 @@ SEGMENTERS = [
     ),
 ]
 NAMED = {case.name: case for case in SEGMENTERS}
-READ = [case for case in SEGMENTERS if case.name not in ("segformer", "maskformer")]
+READ = [case for case in SEGMENTERS if case.name != "maskformer"]
 """Those whose attention modules call transformers' AttentionInterface."""
 
 SETTINGS: list[AdapterConfig] = [MemoryConfig(2), CodaPromptConfig(6, 4, blocks=(0, 1), ortho_mu=0.1)]
@@ -168,12 +175,30 @@ def test_the_head_reads_what_the_features_are_made_of(case: Case, config: Adapte
     expected = memtune.wrap(model.backbone, config, head=None).eval()
     expected.task.load_tensors(model.task.tensors())
     seen: list[Any] = []
-    model._stream.view.tower.register_forward_hook(lambda tower, args, output: seen.append(output))
+    model.stream.view.tower.register_forward_hook(lambda tower, args, output: seen.append(output))
     with torch.no_grad():
         for size in (case.image_size, 32):
             model(case.images(size=size))
-            found = model._described.family.feature(model._stream.view.tower, seen[-1])
+            found = model._described.family.feature(model.stream.view.tower, seen[-1])
             torch.testing.assert_close(found, expected(case.images(size=size)).pooler_output, atol=1e-5, rtol=1e-5)
+
+
+def test_a_segformers_decoder_reads_maps_made_with_memory() -> None:
+    case = NAMED["segformer"]
+    model, given = adapted(case, MemoryConfig(3)), targets(case)
+    output = model(case.images(), **given)
+    output.loss.backward()
+    memory = {int(name.split(".")[1]): tensor for name, tensor in model.task.tensors().items()}
+    for tensor in memory.values():
+        tensor.requires_grad_()
+    maps = SlowSegformer(model.backbone.segformer, memory).maps(case.images())
+    expected = model.backbone.decode_head(maps)
+    torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-5)
+    resized = nn.functional.interpolate(expected, size=given["labels"].shape[1:], mode="bilinear")
+    nn.functional.cross_entropy(resized, given["labels"]).backward()
+    for index, tensor in memory.items():
+        own = model.task.adapters[0].get_parameter(f"blocks.{index}.memory").grad
+        torch.testing.assert_close(own, tensor.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_what_a_method_adds_to_the_loss() -> None:
@@ -278,7 +303,7 @@ def test_other_folders_do_not_say_what_their_head_is(tmp_path: Path) -> None:
 def test_another_head_is_refused(tmp_path: Path) -> None:
     case = NAMED["segformer"]
     adapted(case).save_pretrained(tmp_path)
-    classifier = next(each for each in PLAIN if each.name == "segformer-head").build()
+    classifier = BY_NAME["segformer-head"].build()
     classifier.segformer.load_state_dict(case.build().segformer.state_dict())
     with pytest.raises(
         BackboneMismatchError, match=r"got a SegformerForImageClassification, expected a SegformerForSem"
@@ -378,12 +403,13 @@ def test_transformers_trainer_trains_it(tmp_path: Path) -> None:
     assert all((parameter - before[name]).any() for name, parameter in model.task.named_parameters())
 
 
-def test_activation_checkpointing_changes_nothing() -> None:
+@pytest.mark.parametrize("config", [LoraConfig(r=2), MemoryConfig(2)], ids=lambda config: config.method)
+def test_activation_checkpointing_changes_nothing(config: AdapterConfig) -> None:
     case = NAMED["segformer"]
     found = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        model = adapted(case).train()
+        model = adapted(case, config).train()
         if recompute:
             model.gradient_checkpointing_enable()
         model(case.images(), **targets(case)).loss.backward()

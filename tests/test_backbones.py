@@ -30,8 +30,8 @@ def test_shapes(case: Case) -> None:
     assert [block.width for block in backbone.blocks] == case.widths(model)
     assert backbone.depth == case.depth == len(backbone.blocks)
     assert backbone.width == case.width
-    assert backbone.image_size == (case.image_size, case.image_size)
-    assert backbone.patch_size == ((4, 4) if case.facts.windowed else (8, 8))
+    assert backbone.image_size == 2 * (case.facts.trained_size or case.image_size,)
+    assert backbone.patch_size == 2 * (case.facts.patch_size,)
     assert backbone.channels == 3
     for block in backbone.blocks:
         assert block.heads * block.head_width == block.width
@@ -177,10 +177,13 @@ def test_what_is_no_model_is_refused(value: Any) -> None:
         memtune.wrap(value, MemoryConfig(), num_labels=2)
 
 
-@each([BY_NAME["swin"], BY_NAME["swin-head"]])
-def test_masked_mode_on_a_windowed_backbone_is_refused(case: Case) -> None:
+@each([case for case in CASES if case.facts.staged])
+def test_masked_mode_on_a_backbone_in_stages_is_refused(case: Case) -> None:
     model = case.build()
-    with pytest.raises(UnsupportedBackboneError, match=r"masked=True: got Swin.*windows.*masked=False"):
+    how = "within windows" if case.facts.windowed else "to reduced maps"
+    with pytest.raises(
+        UnsupportedBackboneError, match=rf"masked=True: got {case.model_class}, whose .* {how}, in stages.*masked=False"
+    ):
         memtune.wrap(model, MemoryConfig(), num_labels=2, masked=True)
     assert all(parameter.requires_grad for parameter in model.parameters())
 

@@ -122,7 +122,7 @@ def test_a_hundred_tasks() -> None:
     backbone = VIT.build()
     tasks = tune_all(backbone, [(name, True) for name in ("memory", "lora", "more memory", "memory and lora")] * 25)
     model = memtune.combine(backbone, tasks)
-    (lane,) = model._arrangement.lanes
+    (lane,) = model.arrangement.lanes
     assert len(lane.names) == 100
     assert_alone(model, tasks, VIT.images(2))
     assert_rows_alone(model, tasks, list(tasks))
@@ -137,7 +137,7 @@ def test_what_tasks_share() -> None:
         ("memory at the end", False),
         ("coda", True),
     ]
-    lanes = memtune.combine(backbone, tune_all(backbone, kinds))._arrangement.lanes
+    lanes = memtune.combine(backbone, tune_all(backbone, kinds)).arrangement.lanes
     assert [(type(lane), len(lane.names)) for lane in lanes] == [
         (HeadLane, 1),
         (AdaptedLane, 1),
@@ -281,7 +281,7 @@ def test_adding_a_task_recompiles_its_stream_once_and_never_the_trunk() -> None:
         return counters["stats"]["unique_graphs"]
 
     before = graphs()
-    trunk = torch.compile(model._arrangement.trunk.answer, backend="eager")
+    trunk = torch.compile(model.arrangement.trunk.answer, backend="eager")
     trunk(images)
     alone = counters["stats"]["unique_graphs"] - before
     model.add_task(third, tasks[third])

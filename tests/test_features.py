@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from backbone_zoo import BY_NAME, FAMILIES, GLOBAL, PLAIN, Case, each, family_modes, outputs_equal
+from backbone_zoo import BY_NAME, FAMILIES, GLOBAL, Case, each, family_modes, outputs_equal
 from multitask import CONFIGS, tune
 from torch import Tensor, nn
 from transformers import ViTImageProcessorPil
@@ -25,7 +25,7 @@ from memtune.export import export_program
 from memtune.multitask import MultiTaskModel
 
 VIT = BY_NAME["vit"]
-SEGFORMER = next(case for case in PLAIN if case.name == "segformer")
+SEGFORMER = BY_NAME["segformer"]
 
 
 def features(case: Case = VIT, config: AdapterConfig | None = None, *, masked: bool, backbone: Any = None) -> Any:

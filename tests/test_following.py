@@ -111,7 +111,7 @@ def test_a_pass_that_fails_leaves_nothing_behind(monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         model(images)
     monkeypatch.setattr(TaskStream, "step", step)
-    trunk = model._arrangement.trunk
+    trunk = model.arrangement.trunk
     current, _ = trunk.answer(images)
     assert isinstance(current, Pass)
     assert len(current.trunk) == 2

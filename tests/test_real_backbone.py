@@ -67,5 +67,5 @@ def test_a_task_that_was_not_trained_sees_what_the_backbone_sees(backbone: Any, 
     with torch.no_grad():
         current, output = model._trunk.run(batch[0])
         current.own_key = False
-        feature = model._stream.features(current, model.task.token()).squeeze(1)
+        feature = model.stream.features(current, model.task.token()).squeeze(1)
     torch.testing.assert_close(feature, output.last_hidden_state[:, 0], atol=1e-4, rtol=1e-4)

@@ -182,7 +182,7 @@ def test_checkpointing_does_recompute() -> None:
     model = memtune.wrap(BY_NAME["vit"].build(), MemoryConfig(), num_labels=3).train()
     model.activation_checkpointing_enable()
     visited: list[int] = []
-    for site in model._stream.sites:
+    for site in model.stream.sites:
         site.sources.append(partial(_record, visited, site.sources.pop()))
     model(BY_NAME["vit"].images(), labels=torch.tensor([0, 1])).loss.backward()
     assert visited == [0, 1, 1, 0]
@@ -210,7 +210,7 @@ def test_a_trunk_serves_two_tasks() -> None:
     first, second = (memtune.wrap(backbone, MemoryConfig(init_std=0.5), num_labels=3, masked=True) for _ in range(2))
     with torch.no_grad():
         current, _ = Trunk(described).run(case.images())
-        features = [model._stream.features(current, model.task.token()).squeeze(1) for model in (first, second)]
+        features = [model.stream.features(current, model.task.token()).squeeze(1) for model in (first, second)]
         assert torch.equal(features[0], first.features(case.images()))
         assert torch.equal(features[1], second.features(case.images()))
 

@@ -20,7 +20,7 @@ from memtune.errors import CheckpointError, ConfigError, UnsupportedBackboneErro
 from memtune.token_selection import TokenTune, pass_gradient
 
 ALL_ROLES = ("query", "key", "value", "out", "fc1", "fc2")
-GLOBAL = [case for case in FAMILIES if not case.facts.windowed]
+GLOBAL = [case for case in FAMILIES if not case.facts.staged]
 
 
 def tuned(case, config=None, **settings):
@@ -70,7 +70,7 @@ def cut(positions: Tensor, tokens: int, module: Any, args: Any, output: Any) -> 
 def transcription(model, positions: Tensor, tokens: int, images: Tensor, **options) -> dict[str, Tensor | None]:
     """Gradients by the definition: sg() on keys, values and output of each block, for tokens outside G."""
     hook = partial(cut, positions, tokens)
-    modules = [module for block in model._stream.view.blocks for module in (block["key"], block["value"], block.module)]
+    modules = [module for block in model.stream.view.blocks for module in (block["key"], block["value"], block.module)]
     handles = [module.register_forward_hook(hook) for module in modules]
     found = gradients(model, images, **options)[1]
     for handle in handles:
@@ -285,7 +285,7 @@ def test_each_pass_draws_anew_and_only_in_steps():
         assert token_tune.state_dict()["passes"] == 3
     assert any(not torch.equal(first[name], second[name]) for name in first)
     assert_equal(gradients(model, images)[1], full)
-    assert all("forward" not in vars(block.module) for block in model._stream.view.blocks)
+    assert all("forward" not in vars(block.module) for block in model.stream.view.blocks)
 
 
 def test_it_trains():
@@ -323,7 +323,7 @@ def test_a_masked_model_is_refused():
         TokenTune(3).on_step_begin(model)
 
 
-@each([case for case in [*CASES, *PLAIN] if case.facts.windowed or case in PLAIN])
+@each([case for case in [*CASES, *PLAIN] if case.facts.staged or case in PLAIN])
 def test_backbones_without_attention_over_all_tokens_are_refused(case):
     model = memtune.wrap(case.build(), LoraConfig(2), num_labels=3)
     with pytest.raises(UnsupportedBackboneError, match="attention over all tokens"):
@@ -339,4 +339,4 @@ def test_in_fit():
     )
     memtune.fit(model, items, items, config=config, callbacks=[token_tune])
     assert token_tune.state_dict() == {"seed": 0, "passes": 12}
-    assert all("forward" not in vars(block.module) for block in model._stream.view.blocks)
+    assert all("forward" not in vars(block.module) for block in model.stream.view.blocks)

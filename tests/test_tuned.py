@@ -94,7 +94,7 @@ def test_detach_after_an_exception_inside_forward(case: Case, masked: bool) -> N
     list(backbone.parameters())[1].requires_grad_(False)
     before = snapshot(backbone)
     model = wrapped(case, masked=masked, backbone=backbone)
-    model._stream.view.blocks[-1]["fc2"].register_forward_hook(_fail)
+    model.stream.view.blocks[-1]["fc2"].register_forward_hook(_fail)
     with pytest.raises(ZeroDivisionError):
         model(images)
     model.detach()
@@ -251,7 +251,7 @@ def test_train_keeps_the_backbone_in_evaluation_mode(case: Case) -> None:
     names = ["hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "drop_path_rate"]
     has = case.config().to_dict()
     backbone = case.build(**{name: 0.5 for name in names if name in has}).train()
-    for masked in (False, True)[: 1 if case.facts.windowed else 2]:
+    for masked in (False, True)[: 1 if case.facts.staged else 2]:
         model = wrapped(case, masked=masked, backbone=backbone).train()
         assert model.training
         assert model.task.training

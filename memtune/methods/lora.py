@@ -18,24 +18,21 @@ Parameters: r (d_in + d_out) for each block and role; DoRA adds d_out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import peft
-import torch
-from peft.tuners.lora import LoraModel
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapter import Adapter, AdapterConfig
 from ..backbones import Backbone
 from ..errors import ConfigError
+from ..low_rank import LowRank, SeenUpdates, StackedLinear, UpdateStack
 from ..peft_names import LINEAR_ROLES, roles_of_targets
 from ..registry import register_method
-from ..stacking import Stack, fit_rows, per_task
+from ..stacking import Stack
 from ..streams import AdaptedStream, TaskStream
-from ..views import shadow
 
 UNMASKED_ROLES = ("query", "value")
 """Section 4.2 of the paper adapts these two."""
@@ -48,9 +45,6 @@ MASKED_RANK = 4
 
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 """Those of peft's that need no data and leave the frozen weight as it is."""
-
-_NAME = "default"
-"""What peft calls the one adapter of a layer."""
 
 _READ_FROM_PEFT = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
 _ELSEWHERE_IN_PEFT = {"target_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
@@ -173,158 +167,6 @@ def _check_roles(roles: Any) -> tuple[str, ...]:
 _SEEN = ("key", "value")
 """Roles whose updates a task stream has between its queries and the trunk, in place of a layer."""
 
-Matrices = Callable[[], tuple[Tensor, Tensor]]
-"""Gives A^T and s B^T of each task, (1 or rows, 1 or tasks, d_in, r) and (1 or rows, 1 or tasks, r, d_out)."""
-
-
-class LowRank(nn.Module):
-    """The update of one role of one block: A, B and, with DoRA, the lengths of the rows.
-
-    Args:
-        base: The linear layer in that role.
-        config: The settings.
-    """
-
-    def __init__(self, base: nn.Module, config: LoraConfig) -> None:
-        super().__init__()
-        layer = _peft_layer(base, config)
-        self.scaling: float = layer.scaling[_NAME]
-        self.lora_A = nn.Parameter(layer.lora_A[_NAME].weight.detach().float())
-        self.lora_B = nn.Parameter(layer.lora_B[_NAME].weight.detach().float())
-        self.lora_dropout = layer.lora_dropout[_NAME]
-        if config.use_dora:
-            # Again, since A and B now have full precision, which the lengths of an unchanged weight must have too.
-            lengths = layer.lora_magnitude_vector[_NAME]
-            lengths.update_layer(
-                base_layer=layer.get_base_layer(), lora_A=self.lora_A, lora_B=self.lora_B, scaling=self.scaling
-            )
-            self.lora_magnitude = nn.Parameter(lengths.weight.detach().float())
-        del layer._modules["base_layer"]  # the backbone's; a layer for any view of it is made from this one by `on`
-        self._layer = (layer,)  # in a tuple, so that its parameters count once
-
-    def on(self, base: nn.Module) -> Any:
-        """The layer of `peft` with these parameters, around the linear layer of a view."""
-        layer: Any = shadow(self._layer[0])
-        layer.base_layer = base
-        layer.merged_adapters, layer._caches = [], {}
-        layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight = self.lora_A, self.lora_B
-        layer.lora_dropout[_NAME] = self.lora_dropout
-        if layer.lora_magnitude_vector:
-            layer.lora_magnitude_vector[_NAME].weight = self.lora_magnitude
-        layer.training = self.training
-        return layer
-
-    def down_up(self) -> tuple[Tensor, Tensor]:
-        """A^T (d_in, r) and s B^T (r, d_out)."""
-        return self.lora_A.T, self.lora_B.T * self.scaling
-
-    def of_one_task(self) -> tuple[Tensor, Tensor]:
-        """The same where all rows and tokens are one task's, (1, 1, ..., ...) each."""
-        down, up = self.down_up()
-        return down[None, None], up[None, None]
-
-    def row_scale(self, base: Any) -> Tensor | None:
-        """DoRA's factor of each row, (d_out): its trained length over that of W + s B A; None without DoRA."""
-        if not hasattr(self, "lora_magnitude"):
-            return None
-        down, up = self.down_up()
-        return self.lora_magnitude / (base.weight.to(up.dtype) + (down @ up).T).norm(dim=1)
-
-
-def _peft_layer(base: nn.Module, config: LoraConfig) -> Any:
-    """The LoRA layer of `peft` for a linear layer, which may be one of bitsandbytes'."""
-    kind = {"loaded_in_8bit": True, "loaded_in_4bit": True}
-    settings = config.to_peft()
-    return LoraModel._create_new_module(settings, _NAME, base, r=config.rank, lora_alpha=config.lora_alpha, **kind)
-
-
-class SeenUpdates:
-    """Lets tasks see K' and V' without computing them (a `memtune.passes.TrunkReader`).
-
-    A task token has one query in each head h, so the updates are folded into what asks and what is answered:
-
-        q_h K'_h^T = q_h K_h^T + (s q_h B_h A) K^T,    p V'_h = p V_h + s (p V) A^T B_h^T
-
-    where B_h has the rows of B that are the head's. Keys and values are read once, whatever the rank.
-
-    Args:
-        key: The matrices of the keys' update, or None.
-        value: Those of the values'.
-        dropout: What the input of A goes through in training: the same for all tokens of an image.
-    """
-
-    def __init__(self, key: Matrices | None, value: Matrices | None, dropout: nn.Module | None = None) -> None:
-        self._key, self._value, self._dropout = key, value, dropout
-
-    def queries(self, query: Tensor) -> Tensor | None:
-        """The queries s q_h B_h A, (rows, heads, tasks, width), of q (rows, heads, tasks, head width)."""
-        if self._key is None:
-            return None
-        down, up = (each.to(query.dtype) for each in self._key())
-        reduced = torch.einsum("nhtd,ntrhd->nhtr", query, up.unflatten(-1, (query.shape[1], -1)))
-        return self._dropped(torch.einsum("nhtr,ntwr->nhtw", reduced, down))
-
-    def context(self, context: Tensor) -> Tensor | None:
-        """The context s (p V) A^T B_h^T, (rows, heads, tasks, head width), of p V (rows, heads, tasks, width)."""
-        if self._value is None:
-            return None
-        down, up = (each.to(context.dtype) for each in self._value())
-        reduced = torch.einsum("nhtw,ntwr->nhtr", self._dropped(context), down)
-        return torch.einsum("nhtr,ntrhd->nhtd", reduced, up.unflatten(-1, (context.shape[1], -1)))
-
-    def _dropped(self, states: Tensor) -> Tensor:
-        return states if self._dropout is None else self._dropout(states)
-
-
-class UpdateStack:
-    """The matrices of several tasks' updates of one role in one block.
-
-    Args:
-        stack: The tasks' parts.
-    """
-
-    def __init__(self, stack: Stack) -> None:
-        self._stack = stack
-        self._down = stack.rows(lambda part: part.down_up()[0])  # (tasks, d_in, r)
-        self._up = stack.rows(lambda part: part.down_up()[1])  # (tasks, r, d_out)
-
-    def __call__(self) -> tuple[Tensor, Tensor]:
-        """A^T and s B^T of the tasks that the pass is for, (1 or images, 1 or tasks, ..., ...) each."""
-        return self._stack.chosen(self._down), self._stack.chosen(self._up)
-
-
-class StackedLinear(nn.Module):
-    """A linear layer with each task's own update.
-
-    Args:
-        base: The layer of the view.
-        stack: The tasks' parts.
-    """
-
-    def __init__(self, base: Any, stack: Stack) -> None:
-        super().__init__()
-        self.base = base
-        self._stack = stack
-        self._matrices = UpdateStack(stack)
-        scaled = any(part.row_scale(base) is not None for part in stack.parts)
-        self._scale = stack.rows(partial(_scale_or_ones, base), neutral=1.0) if scaled else None  # (tasks, d_out)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """W x + b + s B A x, with DoRA each row of the sum but b scaled, of states (rows, tokens, d_in)."""
-        down, up = self._matrices()
-        output = self.base(states)
-        update = per_task(per_task(states.to(down.dtype), down), up).to(output.dtype)
-        if self._scale is None:
-            return output + update
-        bias = 0 if self.base.bias is None else self.base.bias
-        scale = fit_rows(self._stack.chosen(self._scale), states.shape[0]).to(output.dtype)
-        return (output - bias + update) * scale + bias
-
-
-def _scale_or_ones(base: Any, part: LowRank) -> Tensor:
-    scale = part.row_scale(base)
-    return torch.ones_like(part.lora_B[:, 0]) if scale is None else scale
-
 
 def _by_role(parts: Sequence[Any]) -> dict[str, list[LowRank | None]]:
     """For each role that one of the parts has, each part's update of it, or None."""
@@ -343,9 +185,10 @@ class LoraAdapter(Adapter[LoraConfig]):
     def __init__(self, config: LoraConfig, backbone: Backbone) -> None:
         config = config.for_mode(masked=False)  # where no mode was chosen
         super().__init__(config, backbone)
+        settings = config.to_peft()
         self.blocks = nn.ModuleDict(
             {
-                str(block.index): nn.ModuleDict({role: LowRank(block[role], config) for role in config.roles or ()})
+                str(block.index): nn.ModuleDict({role: LowRank(block[role], settings) for role in config.roles or ()})
                 for block in config.select(backbone)
             }
         )

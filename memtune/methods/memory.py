@@ -6,7 +6,8 @@ Each block has `m` memory tokens M of its own, which its queries attend to besid
 
     X' = X + Wo softmax(Wq N(X) [Wk N(X); Wk N(M)]^T / sqrt(d)) [Wv N(X); Wv N(M)],   N the block's first norm
 
-Memory is never a query and is not propagated; it has no position. Unmasked, it equals VPT-deep.
+Memory is never a query and is not propagated; it has no position. Unmasked, it equals VPT-deep. In a block whose keys
+and values are those of a reduced map (Segformer's), it joins the reduced tokens: N(M) then also passes their norm.
 
 Parameters: L m D for L blocks of width D; the class token of the task adds D, the head D C + C for C classes.
 """
@@ -90,7 +91,7 @@ class BlockMemory(nn.Module):
 
     def _state(self, block: Block) -> Any:
         """What changes whenever the keys and values do: the parameters' places and versions, and the precision."""
-        modules = (self, block["norm1"], block["key"], block["value"])
+        modules = (self, *block.key_norms, block["key"], block["value"])
         parameters = [parameter for module in modules for parameter in module.parameters()]
         versions = [(parameter.data_ptr(), parameter._version, parameter.dtype) for parameter in parameters]
         device = self.memory.device.type
@@ -125,7 +126,10 @@ class MemoryStack:
 def _project(memory: Tensor, block: Block) -> KeysValues:
     """Keys and values (rows, tasks, heads, m, head width) of memory (rows, tasks, m, width)."""
     rows, tasks, number, _ = memory.shape
-    memory = block["norm1"](memory.to(block["norm1"].weight.dtype)).flatten(1, 2)
+    memory = memory.to(block["norm1"].weight.dtype)
+    for norm in block.key_norms:
+        memory = norm(memory)
+    memory = memory.flatten(1, 2)
     shape = (rows, tasks, number, -1, block.head_width)
     key, value = (block[role](memory).view(shape).transpose(2, 3) for role in ("key", "value"))
     return KeysValues(key, value)

@@ -189,7 +189,7 @@ def test_rows_without_attention_interface_name_each_part(case: Case) -> None:
         expected = case.facts.feature(backbone.tower, case.run_tower(backbone.model, case.images()))
     torch.testing.assert_close(feature, expected)
     assert sorted(seen) == sorted(2 * [(index, role) for index in range(case.depth) for role in roles])
-    assert backbone.patch_size == ((7, 7) if case.name == "segformer" else (4, 4))
+    assert backbone.patch_size == (4, 4)
 
 
 def _count(seen: list, index: int, role: str, *arguments: Any) -> None:

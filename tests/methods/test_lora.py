@@ -350,8 +350,8 @@ def test_memory_goes_through_the_adapted_projections(case):
     tuned = scramble(tune(case, [MemoryConfig(2), LoraConfig(r=2, roles=("key", "value"))]))
     tensors, block = tuned.task.tensors(), Backbone(tuned.backbone).blocks[0]
     memory = block["norm1"](tensors["blocks.0.memory"])
-    (source,) = tuned._stream.sites[0].sources
-    for role, got in zip(("key", "value"), source(tuned._stream.view.blocks[0], Pass())[:2], strict=True):
+    (source,) = tuned.stream.sites[0].sources
+    for role, got in zip(("key", "value"), source(tuned.stream.view.blocks[0], Pass())[:2], strict=True):
         down, up = tensors[f"blocks.0.{role}.lora_A"], tensors[f"blocks.0.{role}.lora_B"]
         expected = block[role](memory) + 4 * memory @ down.T @ up.T
         torch.testing.assert_close(got[0].transpose(1, 2).flatten(2)[0], expected)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from backbone_zoo import BY_NAME, CASES, FAMILIES, Case, each
+from segformer import SlowSegformer
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import ViTConfig, ViTModel
@@ -25,8 +26,10 @@ def vpt_deep(
     """What a head reads, (batch, width), when every block gets prompts before its first norm and drops their outputs.
 
     The Hugging Face blocks run as they are; the prompts become tokens, so they are queries too and pass the MLP. They
-    stand before the other tokens, where DINOv3 rotates none.
+    stand before the other tokens, where DINOv3 rotates none. A Segformer is written out whole.
     """
+    if case.facts.staged and not case.facts.windowed:
+        return SlowSegformer(case.tower(model), prompts).maps(images)[-1].mean(dim=(2, 3))
     model = copy.deepcopy(model)
     tower = case.tower(model)
     if class_token is not None:
@@ -126,7 +129,19 @@ def test_memory_in_chosen_blocks(case: Case, blocks: Any) -> None:
 
 
 def test_images_of_another_size_are_interpolated() -> None:
-    for name in ("vit", "beit", "beit-shared", "dinov2", "dinov3", "clip", "siglip", "swin", "ijepa", "vit_mae"):
+    for name in (
+        "vit",
+        "beit",
+        "beit-shared",
+        "dinov2",
+        "dinov3",
+        "clip",
+        "siglip",
+        "swin",
+        "segformer",
+        "ijepa",
+        "vit_mae",
+    ):
         case = BY_NAME[name]
         backbone, model = _wrapped(case)
         images = case.images(size=case.image_size + 16)
@@ -135,6 +150,28 @@ def test_images_of_another_size_are_interpolated() -> None:
             expected = _oracle(case, backbone, model, images, **options)
             logits = model(images, interpolate_pos_encoding=True).logits
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0, msg=name)
+
+
+def test_each_part_of_a_segformer_sees_its_memory() -> None:
+    """Memory of one block alone changes the answer as the slow forward says; also blocks of a reduced map have it."""
+    case = BY_NAME["segformer"]
+    for index in range(case.depth):
+        backbone, model = _wrapped(case, blocks=[index])
+        with torch.no_grad():
+            expected = _oracle(case, backbone, model, case.images())
+            bare = model.task.head(case.facts.feature(None, case.run_tower(backbone, case.images())))
+            torch.testing.assert_close(model(case.images()).logits, expected, atol=1e-5, rtol=0)
+        assert (bare - expected).abs().max() > 1e-3
+
+
+def test_kept_keys_follow_the_norm_of_the_reduced_map() -> None:
+    case = BY_NAME["segformer"]
+    backbone, model = _wrapped(case)
+    with torch.no_grad():
+        model(case.images())
+        backbone.stages[0].blocks[0].attention.sequence_reduction.layer_norm.weight.mul_(2)
+        expected = _oracle(case, backbone, model, case.images())
+        torch.testing.assert_close(model(case.images()).logits, expected, atol=1e-5, rtol=0)
 
 
 def test_without_a_class_token_only_memory_and_head_train() -> None:
