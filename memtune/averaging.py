@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -35,14 +35,21 @@ class MovingAverage:
         return self._average.module.tensors()
 
     @contextmanager
-    def in_place(self, task: Task) -> Iterator[None]:
-        """Within this context the task has the average in place of its own values."""
-        own = {key: tensor.clone() for key, tensor in task.tensors().items()}
-        task.load_tensors(self.tensors())
+    def in_place(self, task: Task, whole: Callable[[], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:
+        """Within this context the task has the average in place of its own values.
+
+        Args:
+            task: The task.
+            whole: Makes a context within which the task's values can be read and written.
+        """
+        with whole():
+            own = {key: tensor.clone() for key, tensor in task.tensors().items()}
+            task.load_tensors(self.tensors())
         try:
             yield
         finally:
-            task.load_tensors(own)
+            with whole():
+                task.load_tensors(own)
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes."""

@@ -37,7 +37,8 @@ def fit(
     """Train a model's adapter.
 
     Args:
-        model: The model; it is left in evaluation mode, on the device it was trained on (with FSDP where it was).
+        model: The model; it is left in evaluation mode, on the device it was trained on (with FSDP and with stage 3 of
+            DeepSpeed's ZeRO where it was).
         train_dataset: A `datasets.Dataset` with the columns `image` and `label`, which go through the model's
             processor, or any indexable data set of `{"pixel_values": (channels, height, width), "labels": int}`.
         eval_dataset: The same; evaluated after each epoch.

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from .atomic import publish_folder, remove_folder
 from .errors import CheckpointError
@@ -66,7 +67,9 @@ class RunCheckpoints:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         self._accelerator.wait_for_everyone()
-        self._accelerator.save_state(str(staging), safe_serialization=True)
+        deepspeed = self._accelerator.distributed_type == DistributedType.DEEPSPEED
+        options = {"exclude_frozen_parameters": True} if deepspeed else {}  # which else would save the backbone too
+        self._accelerator.save_state(str(staging), safe_serialization=True, **options)
         if main:
             torch.save(dict(state), staging / STATE_NAME)
         self._accelerator.wait_for_everyone()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,7 +25,7 @@ from .augmentation import make_augmentation
 from .averaging import BestValues, MovingAverage
 from .backbones import Backbone
 from .callbacks import TrainingCallback
-from .distribution import average_gradients, is_sharding
+from .distribution import average_gradients, is_sharding, shard, whole
 from .evaluation import measure, run_batch
 from .fingerprint import fingerprint
 from .mixing import make_mixing
@@ -65,6 +66,7 @@ class TrainingRun:
         self.config = config
         self.progress = Progress()
         self._tuned = model
+        self._whole = partial(whole, accelerator, model.task)
         self._compute_loss = compute_loss
         self._callbacks = callbacks
         self._begun: list[TrainingCallback] = []
@@ -84,6 +86,7 @@ class TrainingRun:
         self.progress.order = self._order.get_state()
         evaluation = None if eval_dataset is None else make_loader(tuned, eval_dataset, config, accelerator)
         loader = make_loader(tuned, train_dataset, config, accelerator, order=self._order, augment=self._augmentation)
+        shard(accelerator, tuned)
         prepared = accelerator.prepare(tuned, make_optimizer(tuned, config), loader)
         self.model, self._optimizer, self._loader = prepared
         self._eval_loader = None if evaluation is None else accelerator.prepare(evaluation)
@@ -134,10 +137,11 @@ class TrainingRun:
             self.model.train()
             self._train_epoch()
         task = self._tuned.task
-        if self.config.load_best_model_at_end and self._best.tensors is not None:
-            task.load_tensors(self._best.tensors)
-        elif self._average is not None and self.progress.step:
-            task.load_tensors(self._average.tensors())
+        with self._whole():
+            if self.config.load_best_model_at_end and self._best.tensors is not None:
+                task.load_tensors(self._best.tensors)
+            elif self._average is not None and self.progress.step:
+                task.load_tensors(self._average.tensors())
 
     def _stops_early(self) -> bool:
         patience = self.config.early_stopping_patience
@@ -193,7 +197,8 @@ class TrainingRun:
         if not self._optimizer.step_was_skipped:
             self._schedule.step()
             if self._average is not None:
-                self._average.update(self._tuned.task)
+                with self._whole():
+                    self._average.update(self._tuned.task)
         progress.step += 1
         self._call("on_step_end")
         self._bar.update()
@@ -220,9 +225,11 @@ class TrainingRun:
         entry = {"epoch": len(progress.history) + 1.0, "loss": loss / images, "learning_rate": self._learning_rate()}
         entry |= {"seconds": progress.seconds, "images_per_second": images / progress.seconds}
         if self._eval_loader is not None:
-            with nullcontext() if self._average is None else self._average.in_place(self._tuned.task):
+            task = self._tuned.task
+            with nullcontext() if self._average is None else self._average.in_place(task, self._whole):
                 scores = measure(self.accelerator, self.model, self._eval_loader, self.config)
-                self._best.update(scores, self._tuned.task)
+                with self._whole():
+                    self._best.update(scores, task)
             entry |= {f"eval_{name}": value for name, value in scores.items()}
         entry["peak_memory_gb"] = _peak_memory(self.accelerator.device) / 1e9
         progress.history.append(entry)

@@ -2,6 +2,7 @@
 
 python tests/distributed_worker.py train OUT      fit each model of `MODELS` twice; the losses and adapters to OUT
 python tests/distributed_worker.py evaluate OUT   evaluate a model on an odd number of images
+python tests/distributed_worker.py towers OUT     the losses of a model of two towers, with a parameter of one number
 python tests/distributed_worker.py refuse OUT     what `fit` says of how it was launched
 """
 
@@ -15,7 +16,9 @@ from pathlib import Path
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from backbone_zoo import BY_NAME
 from transformers import ViTConfig, ViTForImageClassification
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 import memtune
 from memtune.backbones import Backbone
@@ -29,6 +32,7 @@ MODELS = {
     "masked LoRA": (memtune.LoraConfig(r=2), True),
     "unmasked LoRA": (memtune.LoraConfig(r=2), False),
 }
+LINEAR = torch.nn.functional.linear
 BATCH = 8
 """Images of a micro-batch of all processes together."""
 
@@ -44,6 +48,13 @@ def items(count):
     return [{"pixel_values": image + index % 3, "labels": index % 3} for index, image in enumerate(images)]
 
 
+def values_here(parameter):
+    """How many of a parameter's values this process has; DeepSpeed's are empty while there is a shard alone."""
+    if hasattr(parameter, "ds_tensor"):
+        return max(parameter.numel(), parameter.ds_tensor.numel())
+    return getattr(parameter, "_local_tensor", parameter).numel()
+
+
 class Shards(TrainingCallback):
     """Notes how many of the backbone's values this process has in a step."""
 
@@ -51,8 +62,7 @@ class Shards(TrainingCallback):
         self.values = 0
 
     def on_step_end(self, model):
-        parts = [getattr(parameter, "_local_tensor", parameter) for parameter in model.backbone.parameters()]
-        self.values = sum(part.numel() for part in parts)
+        self.values = sum(values_here(parameter) for parameter in model.backbone.parameters())
 
 
 def settings(folder, processes):
@@ -104,7 +114,7 @@ def train(out):
             "in bf16": memtune.evaluate(model, items(9), other)["loss"],
             "share": shards.values / sum(parameter.numel() for parameter in model.backbone.parameters()),
             "digest": model.task.digest(),
-            "kept": kept,
+            "kept": kept and torch.nn.functional.linear is LINEAR and not is_deepspeed_zero3_enabled(),
             "depth": Backbone(model.backbone).depth,
             "distributed_type": PartialState().distributed_type.value,
         }
@@ -121,6 +131,16 @@ def evaluate(out):
     return {str(count): memtune.evaluate(model, items(count), config) for count in (21, 17, 3)}
 
 
+def towers(out):
+    case = BY_NAME["clip-two-towers"]
+    torch.manual_seed(0)
+    model = memtune.wrap(case.build(), memtune.MemoryConfig(2), num_labels=3, masked=True)
+    batch = BATCH // int(os.environ.get("WORLD_SIZE", "1"))
+    run = memtune.TrainingConfig(num_train_epochs=2, per_device_train_batch_size=batch, disable_tqdm=True)
+    result = memtune.fit(model, items(16), items(3), run)
+    return [[entry["loss"], entry["eval_loss"]] for entry in result.history]
+
+
 def refuse(out):
     model = memtune.wrap(build(), memtune.MemoryConfig(2), num_labels=3)
     try:
@@ -135,5 +155,5 @@ if __name__ == "__main__":
         # Accelerate offers FSDP and DeepSpeed on GPUs alone: let it take the CPU and gloo for them.
         PartialState._prepare_backend = lambda *arguments, **options: ("gloo", DistributedType.MULTI_GPU)
     what, out = sys.argv[1], Path(sys.argv[2])
-    results = {"train": train, "evaluate": evaluate, "refuse": refuse}[what](out)
+    results = {"train": train, "evaluate": evaluate, "towers": towers, "refuse": refuse}[what](out)
     (out / f"results_{os.environ.get('RANK', 0)}.json").write_text(json.dumps(results))

@@ -7,6 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from distributed_worker import MODELS, build
 
 import memtune
-from memtune.distribution import settle
+from memtune.distribution import settle, sharded
 from memtune.errors import ConfigError
 
 HERE = Path(__file__).parent
@@ -89,6 +90,26 @@ def zero2(tmp_path_factory):
     return folder, work("train", folder, processes=2, **deepspeed_environment(2))
 
 
+@pytest.fixture(scope="module")
+def stage_3(tmp_path_factory):
+    """The environment of stage 3, for which the tiny backbone is not so small that it would stay whole."""
+    if find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed")
+    named = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
+    settings = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    file = tmp_path_factory.mktemp("stage_3") / "deepspeed.json"
+    file.write_text(json.dumps(settings | dict.fromkeys(named, "auto")))
+    environment = deepspeed_environment(3)
+    del environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"]
+    return environment | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+
+
+@pytest.fixture(scope="module")
+def zero3(tmp_path_factory, stage_3):
+    folder = tmp_path_factory.mktemp("zero3")
+    return folder, work("train", folder, processes=2, **stage_3)
+
+
 def check_same_run(folder, results, alone, name):
     """Two processes did what one does, and both end with the adapter that was saved."""
     expected, run = alone[name], results[0][name]
@@ -117,6 +138,45 @@ def test_zero_2_trains_what_one_process_trains(zero2, alone, name):
     folder, results = zero2
     check_same_run(folder, results, alone, name)
     assert {each[name]["distributed_type"] for each in results} == {"DEEPSPEED"}
+    check_checkpoints_have_no_backbone(folder, name)
+
+
+def check_checkpoints_have_no_backbone(folder, name):
+    files = (folder / name.replace(" ", "_") / "run" / "checkpoint-3" / "pytorch_model").iterdir()
+    backbone = sum(parameter.nbytes for parameter in build().parameters())
+    assert 0 < sum(file.stat().st_size for file in files if "model_states" in file.name) < backbone / 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_zero_3_trains_what_one_process_trains(zero3, alone, name):
+    folder, results = zero3
+    check_same_run(folder, results, alone, name)
+    for each in results:
+        assert each[name]["distributed_type"] == "DEEPSPEED"
+        assert 0.4 < each[name]["share"] < 0.6  # of the backbone, between its steps
+    check_checkpoints_have_no_backbone(folder, name)
+
+
+def test_zero_3_takes_parameters_of_one_number(tmp_path, stage_3):
+    (expected,) = work("towers", tmp_path / "one", processes=1)
+    for losses in work("towers", tmp_path / "two", processes=2, **stage_3):
+        assert losses == [pytest.approx(each, abs=1e-4) for each in expected]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_zero_3_cannot_shard_is_refused(whole):
+    """By hand, as it is seen before DeepSpeed is asked for anything."""
+    method = memtune.CodaPromptConfig(pool_size=2, ortho_mu=0.1, blocks=None) if whole else memtune.MemoryConfig(2)
+    model = memtune.wrap(build(), method, num_labels=3)
+    if not whole:
+        parameter: Any = next(model.backbone.parameters())
+        parameter.ds_id = 0  # by which DeepSpeed knows its own
+    message = "with a penalty of trained values" if whole else "has in shards already"
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3}})
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    accelerator: Any = SimpleNamespace(state=state, distributed_type=DistributedType.DEEPSPEED)
+    with pytest.raises(ConfigError, match=message), sharded(accelerator, model):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -131,15 +191,12 @@ def test_what_views_cannot_follow_is_refused(tmp_path, changed, message):
     assert all(message in each["error"] for each in results)
 
 
-@pytest.mark.parametrize(
-    ("stage", "precision", "message"), [(3, "no", "ZeRO stage 3"), (2, "bf16", "mixed_precision: got 'bf16' with")]
-)
-def test_what_deepspeed_would_change_is_refused(stage, precision, message):
-    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={})
+def test_what_deepspeed_would_cast_is_refused():
+    plugin = SimpleNamespace(deepspeed_config={})
     state = SimpleNamespace(deepspeed_plugin=plugin)
     accelerator = SimpleNamespace(state=state, distributed_type=DistributedType.DEEPSPEED)
-    with pytest.raises(ConfigError, match=message):
-        settle(accelerator, memtune.TrainingConfig(mixed_precision=precision))
+    with pytest.raises(ConfigError, match="mixed_precision: got 'bf16' with"):
+        settle(accelerator, memtune.TrainingConfig(mixed_precision="bf16"))
     assert not plugin.deepspeed_config
 
 
@@ -159,9 +216,10 @@ def test_deepspeed_that_is_not_installed_is_named(tmp_path):
     assert "cannot start as it was launched: DeepSpeed is not installed" in result["error"]
 
 
-def test_the_configuration_of_deepspeed_is_the_stage_that_was_run():
-    settings = yaml.safe_load((CONFIGS / "deepspeed_zero2.yaml").read_text())
-    assert settings["deepspeed_config"]["zero_stage"] == 2
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_configuration_of_deepspeed_is_the_stage_that_was_run(stage):
+    settings = yaml.safe_load((CONFIGS / f"deepspeed_zero{stage}.yaml").read_text())
+    assert settings["deepspeed_config"]["zero_stage"] == stage
     assert settings["mixed_precision"] == "no"
 
 
