@@ -1,4 +1,4 @@
-"""RandAugment by torchvision: each epoch has its own version of an image, the same one whenever it is read."""
+"""RandAugment by torchvision: versions of an image, each the same whenever it is read."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .training_config import TrainingConfig
 class Augmentation:
     """RandAugment (https://arxiv.org/abs/1909.13719) of an image.
 
-    What is drawn depends on the seed, the epoch and the image's place in the data set alone: not on which process reads
-    the image, how many batches ahead, or whether the run was interrupted before. The random states of training are left
-    as they are.
+    What is drawn depends on the seed, the version and the image's place in the data set alone: not on which process
+    reads the image, how many batches ahead, or whether the run was interrupted before. The random states of training
+    are left as they are.
 
     Args:
         operations: Operations on each image, one after the other.
@@ -30,41 +30,52 @@ class Augmentation:
 
     def __init__(self, operations: int, magnitude: int, seed: int) -> None:
         self._transform = torchvision_transforms("randaugment_ops").RandAugment(operations, magnitude)
-        self._seed = seed
-        self._epoch = 0
+        self._drawn_from = (seed, operations, magnitude)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Go to an epoch, counted from 0."""
-        self._epoch = epoch
-
-    def __call__(self, image: Image.Image, index: int) -> Image.Image:
-        """An RGB image as it is in this epoch, in the size that it has.
+    def __call__(self, image: Image.Image, index: int, version: int) -> Image.Image:
+        """A version of an RGB image, in the size that it has.
 
         Args:
             image: The image.
             index: Its place in the data set.
+            version: The number of the version; 0 is the image as it is.
         """
-        state = np.random.SeedSequence([self._seed, self._epoch, index]).generate_state(1, np.uint64)
+        if version == 0:
+            return image
+        state = np.random.SeedSequence([self._drawn_from[0], version, index]).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=[]):
             # torchvision draws from this generator only; `torch.manual_seed` would seed those of GPUs as well.
             torch.default_generator.manual_seed(int(state[0]))
             return self._transform(image)
 
+    def describe(self, index: int, version: int) -> str:
+        """All that a version of an image depends on beside the image."""
+        return "" if version == 0 else f"RandAugment {(*self._drawn_from, version, index)}"
+
 
 def make_augmentation(config: TrainingConfig) -> Augmentation | None:
     """What augments the images of training; None if the settings ask for nothing.
 
+    From a trunk cache all seeds get the same versions, so that they share it.
+
     Raises:
-        ConfigError: torchvision is not installed, or the images are not there to be augmented.
+        ConfigError: torchvision is not installed, or the settings of RandAugment and the trunk cache do not fit.
     """
+    versions = config.trunk_cache_versions
+    if versions > 1 and not (config.randaugment_ops and config.trunk_cache):
+        raise ConfigError(
+            f"trunk_cache_versions: got {versions}, but only a trunk cache with RandAugment holds several; set "
+            "trunk_cache and randaugment_ops, or leave it out"
+        )
     if not config.randaugment_ops:
         return None
-    if config.trunk_cache is not None:
+    if config.trunk_cache is not None and versions == 1:
         raise ConfigError(
-            "randaugment_ops: a trunk cache has no images to augment; leave it or the cache out, or give the cache a "
-            "data set with a fixed number of views of each image"
+            "randaugment_ops: a trunk cache computes each image once; say how many versions of each it shall hold by "
+            "trunk_cache_versions, such as 4, or leave one of them out"
         )
-    return Augmentation(int(config.randaugment_ops), int(config.randaugment_magnitude), config.seed)
+    seed = config.seed if config.trunk_cache is None else 0
+    return Augmentation(int(config.randaugment_ops), int(config.randaugment_magnitude), seed)
 
 
 def torchvision_transforms(settings: str) -> Any:

@@ -35,7 +35,7 @@ class ImageDataset(Dataset):
         label_column: The column of class indices.
         image_size: Height and width in pixels to resize to, in place of the processor's.
         on_error: What to do with an image that cannot be read: "raise", or "skip" it with a warning that names it.
-        augment: What changes an image before the processor; None for nothing.
+        augment: What makes another version of an image for each epoch, before the processor; None for the image itself.
 
     Raises:
         InputError: A column is missing, or there is no processor, or it takes no size.
@@ -71,17 +71,21 @@ class ImageDataset(Dataset):
         self._options = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
         self._on_error = on_error
         self._augment = augment
+        self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Go to an epoch, counted from 0; Accelerate's loaders call this at the beginning of each."""
-        if self._augment is not None:
-            self._augment.set_epoch(epoch)
+        self._epoch = epoch
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Item | None:
         """The image as `pixel_values` (channels, height, width), and its label; None for one to be skipped."""
+        return self.version(index, self._epoch + 1)
+
+    def version(self, index: int, version: int) -> Item | None:
+        """The same in a version; 0 is the image as it is."""
         row = self._dataset[index]
         image_column, label_column = self._columns
         try:
@@ -95,7 +99,7 @@ class ImageDataset(Dataset):
             logger.warning("%s cannot be read and is skipped: %s", name, error)
             return None
         if self._augment is not None:
-            image = self._augment(image, index)
+            image = self._augment(image, index, version)
         pixel_values = self._processor(image, return_tensors="pt", **self._options).pixel_values[0]
         return {"pixel_values": pixel_values, "labels": int(row[label_column])}
 
@@ -106,6 +110,13 @@ class ImageDataset(Dataset):
             return value.get("bytes") or Path(value["path"]).read_bytes()
         except (OSError, TypeError, ValueError):
             return None
+
+    def sources(self, index: int, versions: int) -> list[bytes | None]:
+        """For each version of an image all that it alone is made of; None if it cannot be read."""
+        source = self.source(index)
+        if source is None or self._augment is None:
+            return [source] * versions
+        return [source + self._augment.describe(index, version).encode() for version in range(versions)]
 
     def labels(self) -> list[int]:
         """The indices of all items' classes."""

@@ -83,7 +83,8 @@ def make_loader(
     items = as_items(dataset, model.processor, config.image_size, config.on_error, augment)
     collator: Any = Collator(len(model.task.labels))
     if config.trunk_cache is not None:
-        items, collator = cached_dataset(model, items, config, accelerator)
+        versions = 1 if augment is None else int(config.trunk_cache_versions)
+        items, collator = cached_dataset(model, items, config, accelerator, versions=versions)
     return DataLoader(
         items,
         batch_size=config.per_device_eval_batch_size if order is None else config.per_device_train_batch_size,

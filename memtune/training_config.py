@@ -90,6 +90,7 @@ _RULES: dict[str, Rule] = {
     "trunk_cache": _FOLDER,
     "trunk_cache_dtype": _one_of(*DTYPES),
     "trunk_cache_max_gb": _NOT_NEGATIVE,
+    "trunk_cache_versions": _WHOLE,
 }
 
 _OPTIONAL = {"layerwise_lr_decay", "class_weights", "ema_decay", "image_size", "output_dir", "save_total_limit"}
@@ -144,6 +145,8 @@ class TrainingConfig:
             method, task and run with the same images and backbone (docs/trunk_cache.md). None to compute it each time.
         trunk_cache_dtype: "float32", "float16", "bfloat16" or "int8": what keys and values are kept as.
         trunk_cache_max_gb: Most gigabytes (1e9 bytes) that the folder may hold; None for all that the disk has left.
+        trunk_cache_versions: With RandAugment: how many versions of each training image the cache holds, the image
+            itself among them; epochs go through them in turn.
 
     Raises:
         ConfigError: A setting is wrong.
@@ -187,6 +190,7 @@ class TrainingConfig:
     trunk_cache: str | Path | None = None
     trunk_cache_dtype: CacheType = "bfloat16"
     trunk_cache_max_gb: float | None = None
+    trunk_cache_versions: int = 1
 
     def __post_init__(self) -> None:
         if self.mixed_precision is None:

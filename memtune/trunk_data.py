@@ -28,7 +28,8 @@ class CachedDataset(Dataset):
 
     Args:
         cache: The cache.
-        images: For each item the digest of its image; None for one that cannot be read and is skipped.
+        images: For each version, and in it for each item, the digest of its image; None for one that cannot be read and
+            is skipped.
         labels: For each item the index of its class.
     """
 
@@ -36,13 +37,18 @@ class CachedDataset(Dataset):
         self._cache = cache
         self._images = images
         self._labels = labels
+        self._first = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to an epoch, counted from 0, and its version; Accelerate's loaders call this at the beginning of each."""
+        self._first = epoch * len(self._labels) % len(self._images)
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._labels)
 
     def __getitem__(self, index: int) -> dict[str, Any] | None:
         """Where the entry is as `trunk`, and the label as `labels`; None for an image that is skipped."""
-        image = self._images[index]
+        image = self._images[self._first + index]
         return None if image is None else {"trunk": self._cache.path(image), "labels": self._labels[index]}
 
 
@@ -79,7 +85,7 @@ def check_cacheable(model: TunedModel) -> None:
 
 
 def cached_dataset(
-    model: TunedModel, items: Any, config: TrainingConfig, accelerator: Accelerator
+    model: TunedModel, items: Any, config: TrainingConfig, accelerator: Accelerator, *, versions: int = 1
 ) -> tuple[CachedDataset, CachedCollator]:
     """The data set of a trunk cache for one of images, after all that the cache lacks of it has been computed.
 
@@ -90,6 +96,7 @@ def cached_dataset(
         items: What `memtune.data.as_items` gave.
         config: The settings, those of the cache among them.
         accelerator: Where to compute, and with how many other processes.
+        versions: How many versions of each image to hold.
 
     Raises:
         ConfigError: The model's trunk cannot be kept, the images change from one reading to the next, or the cache
@@ -98,7 +105,7 @@ def cached_dataset(
     """
     check_cacheable(model)
     assert config.trunk_cache is not None
-    images, labels, transform = _identify(items)
+    images, labels, transform = _identify(items, versions)
     transform["interpolate"] = config.image_size is not None
     context = describe_trunk(Backbone(model.backbone), transform, config.mixed_precision or "no")
     cache = TrunkCache(config.trunk_cache, context, dtype=config.trunk_cache_dtype)
@@ -107,11 +114,15 @@ def cached_dataset(
     return CachedDataset(cache, found, labels), CachedCollator(len(model.task.labels))
 
 
-def _identify(items: Any) -> tuple[list[str | None], list[int], dict[str, Any]]:
-    """For each item the digest of its image (None if unreadable) and its label; and what is done to all images."""
+def _identify(items: Any, versions: int) -> tuple[list[str | None], list[int], dict[str, Any]]:
+    """For each version and item the digest of the image, or None; for each item its label; what is done to all."""
     if isinstance(items, ImageDataset):
-        sources = (items.source(index) for index in range(len(items)))
-        return [None if data is None else digest_of(data) for data in sources], items.labels(), items.transform()
+        digests = [
+            [None if data is None else digest_of(data) for data in items.sources(index, versions)]
+            for index in range(len(items))
+        ]
+        in_order = [each for version in zip(*digests, strict=True) for each in version]
+        return in_order, items.labels(), items.transform()
     images: list[str | None] = []
     labels = []
     for index in range(len(items)):
@@ -141,7 +152,7 @@ class _Filler:
     def fill(self, images: Sequence[str | None]) -> None:
         """Check this process's share of the entries and compute those that are missing or damaged."""
         places = {image: place for place, image in enumerate(images) if image is not None}
-        unread = [place for place, image in enumerate(images) if image is None]
+        unread = [place for place, image in enumerate(images[: len(self.items)]) if image is None]
         self._report(unread)
         share = list(places)[self.accelerator.process_index :: self.accelerator.num_processes]
         missing = [image for image in share if not self.cache.is_valid(image)]
@@ -191,7 +202,7 @@ class _Filler:
         self, images: Sequence[str], places: dict[str, int], batch_size: int, workers: int = 0
     ) -> Iterator[tuple[str, bytes]]:
         """The digest and the encoded entry of each image that can be read."""
-        chosen = Subset(_Numbered(self.items), [places[image] for image in images])
+        chosen = Subset(_Versions(self.items), [places[image] for image in images])
         names = {places[image]: image for image in images}
         generator = torch.Generator()  # of its own, so that training sees the same random numbers as without a cache
         for batch in DataLoader(chosen, batch_size, collate_fn=_read, num_workers=workers, generator=generator):
@@ -207,15 +218,16 @@ class _Filler:
                 yield names[number], self.cache.encode(current, row)
 
 
-class _Numbered(Dataset):
-    """Each item's place and image; None for one that is skipped."""
+class _Versions(Dataset):
+    """The images of a data set, version after version: each one's number and values; None for one that is skipped."""
 
     def __init__(self, items: Any) -> None:
         self._items = items
 
-    def __getitem__(self, index: int) -> tuple[int, torch.Tensor] | None:
-        item = self._items[index]
-        return None if item is None else (index, torch.as_tensor(item["pixel_values"]))
+    def __getitem__(self, number: int) -> tuple[int, torch.Tensor] | None:
+        version, index = divmod(number, len(self._items))
+        item = self._items.version(index, version) if isinstance(self._items, ImageDataset) else self._items[index]
+        return None if item is None else (number, torch.as_tensor(item["pixel_values"]))
 
 
 def _read(items: Sequence[Any]) -> list[Any]:

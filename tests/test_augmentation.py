@@ -27,6 +27,7 @@ from transformers import ViTImageProcessorPil
 import memtune
 from memtune import TrainingConfig
 from memtune.augmentation import Augmentation
+from memtune.data import ImageDataset
 from memtune.errors import ConfigError, InputError
 from memtune.mixing import make_mixing
 from memtune.preparation import make_accelerator, make_loader
@@ -46,8 +47,8 @@ def workers(test: Any) -> Any:
     return torchvision(test)
 
 
-def model() -> memtune.TunedModel:
-    return tuned(processor=ViTImageProcessorPil(size={"height": 32, "width": 32}))
+def model(*, masked: bool = False) -> memtune.TunedModel:
+    return tuned(masked=masked, processor=ViTImageProcessorPil(size={"height": 32, "width": 32}))
 
 
 def images(number: int = 8, seed: int = 0) -> datasets.Dataset:
@@ -61,7 +62,7 @@ def noise(seed: int = 0) -> Image.Image:
 
 def fit(data: Any, *, stop: int | None = None, resume: bool = False, **settings: Any) -> Any:
     """The weights that a run of three epochs ends with, and its result; None if it was stopped after a step."""
-    trained = model()
+    trained = model(masked=settings.pop("masked", False))
     config = TrainingConfig(**QUICK | {"num_train_epochs": 3} | settings)
     callbacks = [] if stop is None else [StopAfter(stop)]
     try:
@@ -87,11 +88,9 @@ def check_resumed(data: Any, folder: Path, **settings: Any) -> None:
 
 
 @torchvision
-def test_an_image_is_a_function_of_seed_epoch_and_place() -> None:
-    def versions(seed: int, epoch: int, places: range) -> list[bytes]:
-        augment = Augmentation(2, 15, seed)
-        augment.set_epoch(epoch)
-        return [augment(noise(), place).tobytes() for place in places]
+def test_an_image_is_a_function_of_seed_version_and_place() -> None:
+    def versions(seed: int, version: int, places: range) -> list[bytes]:
+        return [Augmentation(2, 15, seed)(noise(), place, version).tobytes() for place in places]
 
     one = versions(3, 1, range(40))
     torch.manual_seed(7)  # whatever is drawn elsewhere
@@ -100,18 +99,19 @@ def test_an_image_is_a_function_of_seed_epoch_and_place() -> None:
     for others in (versions(4, 1, range(40)), versions(3, 2, range(40)), versions(3, 1, range(40, 80))):
         assert sum(a != b for a, b in zip(one, others, strict=True)) > 30
     assert len({*one}) > 25  # among two operations of 14 some are the same
+    assert {*versions(3, 0, range(40))} == {noise().tobytes()}
 
 
 @torchvision
 def test_an_image_is_what_torchvision_makes_of_it() -> None:
     from torchvision.transforms import v2
 
-    made = [Augmentation(2, 15, 0)(noise(), place) for place in range(30)]
+    made = [Augmentation(2, 15, 0)(noise(), place, 4) for place in range(30)]
     assert {each.mode for each in made} == {"RGB"}
     assert {each.size for each in made} == {(48, 40)}
     transform = v2.RandAugment(2, 15)
     for place, each in enumerate(made):
-        torch.manual_seed(int(np.random.SeedSequence([0, 0, place]).generate_state(1, np.uint64)[0]))
+        torch.manual_seed(int(np.random.SeedSequence([0, 4, place]).generate_state(1, np.uint64)[0]))
         assert transform(noise()).tobytes() == each.tobytes()
 
 
@@ -119,17 +119,16 @@ def test_an_image_is_what_torchvision_makes_of_it() -> None:
 def test_the_random_states_of_training_are_left_alone() -> None:
     augment, before = Augmentation(2, 15, 0), torch.get_rng_state()
     for place in range(5):
-        augment(noise(), place)
+        augment(noise(), place, 1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @torchvision
 def test_it_travels_to_processes_that_start_anew() -> None:
     augment = Augmentation(2, 15, 0)
-    augment.set_epoch(4)
     again = pickle.loads(pickle.dumps(augment))
-    assert [again(noise(), place).tobytes() for place in range(9)] == [
-        augment(noise(), place).tobytes() for place in range(9)
+    assert [again(noise(), place, 4).tobytes() for place in range(9)] == [
+        augment(noise(), place, 4).tobytes() for place in range(9)
     ]
 
 
@@ -195,6 +194,83 @@ def test_evaluation_sees_the_images_as_they_are() -> None:
     plain = memtune.evaluate(trained, images(4, 90))
     assert memtune.evaluate(trained, images(4, 90), TrainingConfig(**settings)) == plain
     assert {name: result.history[-1][f"eval_{name}"] for name in plain} == pytest.approx(plain, abs=1e-6)
+
+
+# RandAugment and the trunk cache
+
+
+class Versions(list):
+    """A data set of one's own, whose epochs go through versions of images in turn."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(self.epoch % 3)[index]
+
+    def __len__(self) -> int:
+        return len(super().__getitem__(0))
+
+
+def masked_run(data: Any, *, seed: int = 0, **settings: Any) -> Any:
+    """The weights that five epochs in masked mode end with, beginning with the same values, and the accuracy."""
+    trained = model(masked=True)
+    config = TrainingConfig(**QUICK | {"num_train_epochs": 5, "seed": seed} | settings)
+    result = memtune.fit(trained, data, images(4, 90), config)
+    return weights(trained), result.history[-1]["eval_loss"]
+
+
+def cached(folder: Path, **settings: Any) -> dict[str, Any]:
+    versions = {"trunk_cache": folder, "trunk_cache_dtype": "float32", "trunk_cache_versions": 3}
+    return STRONG | versions | settings
+
+
+def entries(folder: Path) -> set[Path]:
+    return {*folder.rglob("*.safetensors")}
+
+
+@torchvision
+def test_a_cache_holds_some_versions_and_epochs_go_through_them(tmp_path: Path) -> None:
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    augmented = ImageDataset(images(), processor, augment=Augmentation(2, 15, 0))
+    own = Versions([augmented.version(index, version) for index in range(len(augmented))] for version in range(3))
+    expected, loss = masked_run(own, seed=4)
+    values, found = masked_run(images(), seed=4, **cached(tmp_path))
+    assert equal(values, expected)
+    assert found == loss
+    assert not equal(masked_run(images(), seed=4)[0], expected)
+    assert len(entries(tmp_path)) == 3 * len(images()) + len(images(4, 90))
+
+
+@torchvision
+def test_versions_are_those_of_all_seeds_and_one_is_the_image_itself(tmp_path: Path) -> None:
+    masked_run(images(), **cached(tmp_path))
+    before = entries(tmp_path)
+    masked_run(images(), seed=1, **cached(tmp_path))
+    plain = {"randaugment_ops": 0, "trunk_cache_versions": 1}
+    masked_run(images(), **cached(tmp_path, **plain))
+    assert entries(tmp_path) == before
+    masked_run(images(), **cached(tmp_path, randaugment_magnitude=16))
+    assert len(entries(tmp_path)) == len(before) + 2 * len(images())
+
+
+@torchvision
+def test_a_cached_run_that_was_interrupted_goes_on_with_its_version(tmp_path: Path) -> None:
+    check_resumed(images(), tmp_path, masked=True, **cached(tmp_path / "cache"))
+
+
+@torchvision
+def test_an_unreadable_image_is_named_once_in_all_versions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken = images().cast_column("image", datasets.Image(decode=False)).to_list()
+    broken[3]["image"] = {"bytes": b"no picture", "path": "broken.png"}
+    data = datasets.Dataset.from_list(broken, features=images().features)
+    with caplog.at_level("WARNING", logger="memtune"):
+        masked_run(data, **cached(tmp_path, on_error="skip"))
+    computed = [record for record in caplog.records if "broken.png" in record.getMessage()]
+    assert computed
+    assert len(entries(tmp_path)) == 3 * (len(images()) - 1) + len(images(4, 90))
 
 
 # MixUp and CutMix
@@ -280,11 +356,19 @@ def test_torchvision_is_asked_for(settings: dict[str, Any], monkeypatch: pytest.
     memtune.evaluate(model(), images(), TrainingConfig(**settings))  # which needs none
 
 
-@pytest.mark.parametrize("settings", [{"randaugment_ops": 2}, {"mixup_alpha": 0.2}], ids=str)
-def test_a_trunk_cache_has_no_images(settings: dict[str, Any], tmp_path: Path) -> None:
-    trained = tuned(masked=True, processor=ViTImageProcessorPil(size={"height": 32, "width": 32}))
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mixup_alpha": 0.2}, "a trunk cache has no images to mix"),
+        ({"randaugment_ops": 2}, "randaugment_ops: a trunk cache computes each image once; say how many versions"),
+        ({"trunk_cache_versions": 4}, "trunk_cache_versions: got 4, but only a trunk cache with RandAugment"),
+    ],
+    ids=str,
+)
+def test_what_a_trunk_cache_cannot_do(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    trained = model(masked=True)
     config = TrainingConfig(**QUICK | settings, trunk_cache=tmp_path / "cache")
-    with pytest.raises(ConfigError, match="a trunk cache has no images to"):
+    with pytest.raises(ConfigError, match=message):
         memtune.fit(trained, images(), images(), config)
     assert not (tmp_path / "cache").exists()
 

@@ -10,6 +10,7 @@ the same settings; model, adapter and head are transformers' and PEFT's.
 from __future__ import annotations
 
 import argparse
+import time
 
 import datasets
 import peft
@@ -82,6 +83,7 @@ def main() -> None:
             size = {"interpolate_pos_encoding": args.image_size is not None}
             return model(pixel_values=batch["pixel_values"], **size).logits.float()
 
+    start = time.perf_counter()
     for epoch in range(args.num_train_epochs):
         model.train()
         for batch in tqdm(train, desc=f"epoch {epoch + 1}", leave=False):
@@ -91,11 +93,12 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+    seconds = time.perf_counter() - start
     model.eval()
     with torch.no_grad():
         right = sum((logits(batch).argmax(1) == batch["labels"]).sum().item() for batch in test)
     count = sum(p.numel() for p in trained)
-    print(f"accuracy {100 * right / len(test.dataset):.2f} % with {count:,} trained values")
+    print(f"accuracy {100 * right / len(test.dataset):.2f} % with {count:,} trained values, {seconds:.0f} s of training")
 
 
 if __name__ == "__main__":
