@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,10 @@ class Augmentation:
 
     def describe(self, index: int, version: int) -> str:
         """All that a version of an image depends on beside the image."""
-        return "" if version == 0 else f"RandAugment {(*self._drawn_from, version, index)}"
+        if version == 0:
+            return ""
+        release = import_module("torchvision").__version__
+        return f"RandAugment of torchvision {release}: {(*self._drawn_from, version, index)}"
 
 
 def make_augmentation(config: TrainingConfig) -> Augmentation | None:

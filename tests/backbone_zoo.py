@@ -43,6 +43,25 @@ class Facts:
     """The size of images that the configuration does not name."""
 
 
+def random_model(make: Callable[[], Any], seed: int) -> Any:
+    """A model in evaluation mode, every parameter random: also biases, scales and position tables.
+
+    The rest of the test runs in one thread: on a busy machine, waiting for the second one takes longer than all of a
+    tiny model's arithmetic.
+    """
+    torch.set_num_threads(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = make()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=(parameter[0].numel() if parameter.ndim == 2 else 4) ** -0.5)
+                else:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model.eval()
+
+
 @dataclass(frozen=True)
 class Case:
     """One model of the zoo."""
@@ -59,22 +78,8 @@ class Case:
     width: int = WIDTH
 
     def build(self, seed: int = 0, **settings: Any) -> Any:
-        """The model in evaluation mode, every parameter random: also biases, scales and position tables.
-
-        The rest of the test runs in one thread: on a busy machine, waiting for the second one takes longer than all of
-        a tiny model's arithmetic.
-        """
-        torch.set_num_threads(1)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = getattr(transformers, self.model_class)(self.config(**settings))
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.ndim > 1:
-                        parameter.normal_(std=(parameter[0].numel() if parameter.ndim == 2 else 4) ** -0.5)
-                    else:
-                        parameter.add_(torch.randn_like(parameter), alpha=0.2)
-        return model.eval()
+        """The model, as `random_model` makes it."""
+        return random_model(lambda: getattr(transformers, self.model_class)(self.config(**settings)), seed)
 
     def config(self, **settings: Any) -> Any:
         config_class = self.config_class or self.model_class.partition("For")[0].removesuffix("Model") + "Config"

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import timm
-import torch
-from backbone_zoo import DEPTH, SIZE, WIDTH, Case, Facts
+from backbone_zoo import DEPTH, SIZE, WIDTH, Case, Facts, random_model
 from torch import Tensor, nn
 
 from memtune.backbones import as_pretrained
@@ -34,17 +33,7 @@ class TimmCase(Case):
 
     def bare(self, seed: int = 0, **settings: Any) -> Any:
         """The model itself, every parameter random."""
-        torch.set_num_threads(1)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = timm.create_model(self.model_class, **(SMALL | self.settings | settings))
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.ndim > 1:
-                        parameter.normal_(std=(parameter[0].numel() if parameter.ndim == 2 else 4) ** -0.5)
-                    else:
-                        parameter.add_(torch.randn_like(parameter), alpha=0.2)
-        return model.eval()
+        return random_model(lambda: timm.create_model(self.model_class, **(SMALL | self.settings | settings)), seed)
 
     def build(self, seed: int = 0, **settings: Any) -> Any:
         return as_pretrained(self.bare(seed, **settings))

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, get_scheduler, set_seed
 
+from memtune.augmentation import Augmentation
 from memtune.data import Collator, ImageDataset
 
 
@@ -38,17 +39,22 @@ def parse_arguments() -> argparse.Namespace:
     add("--learning_rate", type=float, default=5e-3)
     add("--weight_decay", type=float, default=0.01)
     add("--label_smoothing_factor", type=float, default=0.0)
+    add("--randaugment_ops", type=int, default=0, help="RandAugment's operations on each training image")
+    add("--randaugment_magnitude", type=int, default=9)
     add("--mixed_precision", default="no", choices=["no", "bf16"])
     add("--seed", type=int, default=42)
     return parser.parse_args()
 
 
-def load(args: argparse.Namespace, folder: str, processor: object, *, shuffle: bool) -> tuple[DataLoader, list[str]]:
+def load(args: argparse.Namespace, folder: str, processor: object, *, train: bool) -> tuple[DataLoader, list[str]]:
     data = datasets.load_dataset("imagefolder", data_dir=folder, data_files="**", split="train")
     labels = data.features["label"].names
-    items = ImageDataset(data, processor, image_size=args.image_size)
+    augment = None
+    if train and args.randaugment_ops:
+        augment = Augmentation(args.randaugment_ops, args.randaugment_magnitude, args.seed)
+    items = ImageDataset(data, processor, image_size=args.image_size, augment=augment)
     order = torch.Generator().manual_seed(args.seed)
-    return DataLoader(items, args.batch_size, shuffle, generator=order, collate_fn=Collator(len(labels))), labels
+    return DataLoader(items, args.batch_size, train, generator=order, collate_fn=Collator(len(labels))), labels
 
 
 def build(args: argparse.Namespace, labels: list[str]) -> torch.nn.Module:
@@ -65,8 +71,8 @@ def build(args: argparse.Namespace, labels: list[str]) -> torch.nn.Module:
 def main() -> None:
     args = parse_arguments()
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
-    train, labels = load(args, args.train_dir, processor, shuffle=True)
-    test, _ = load(args, args.validation_dir, processor, shuffle=False)
+    train, labels = load(args, args.train_dir, processor, train=True)
+    test, _ = load(args, args.validation_dir, processor, train=False)
     set_seed(args.seed)
     model = build(args, labels)
     steps = len(train) * args.num_train_epochs
@@ -86,6 +92,7 @@ def main() -> None:
     start = time.perf_counter()
     for epoch in range(args.num_train_epochs):
         model.train()
+        train.dataset.set_epoch(epoch)
         for batch in tqdm(train, desc=f"epoch {epoch + 1}", leave=False):
             loss = cross_entropy(logits(batch), batch["labels"], label_smoothing=args.label_smoothing_factor)
             loss.backward()
@@ -98,7 +105,9 @@ def main() -> None:
     with torch.no_grad():
         right = sum((logits(batch).argmax(1) == batch["labels"]).sum().item() for batch in test)
     count = sum(p.numel() for p in trained)
-    print(f"accuracy {100 * right / len(test.dataset):.2f} % with {count:,} trained values, {seconds:.0f} s of training")
+    print(
+        f"accuracy {100 * right / len(test.dataset):.2f} % with {count:,} trained values, {seconds:.0f} s of training"
+    )
 
 
 if __name__ == "__main__":
