@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from transformers import PreTrainedModel
 
 from .adapter import AdapterConfig
+from .augmentation import make_augmentation
 from .backbones import Backbone
 from .checks import check_label_names
 from .data import as_items
@@ -26,6 +27,7 @@ from .drawing import new_figure
 from .errors import ConfigError, MemtuneError
 from .evaluation import evaluate
 from .fingerprint import fingerprint
+from .mixing import make_mixing
 from .preparation import make_accelerator
 from .registry import as_config
 from .run_settings import describe_run
@@ -150,6 +152,8 @@ class _Runs:
             try:
                 if training.trunk_cache is not None:
                     check_cacheable(model)
+                make_augmentation(training)
+                make_mixing(training, len(model.task.labels))
                 settings = settings or describe_run(model, training)
             finally:
                 model.detach()

@@ -28,6 +28,10 @@ TRAINING_SETTINGS = (
     "warmup_ratio",
     "lr_scheduler_type",
     "max_grad_norm",
+    "mixup_alpha",
+    "cutmix_alpha",
+    "randaugment_ops",
+    "randaugment_magnitude",
     "ema_decay",
     "image_size",
 )

@@ -336,6 +336,12 @@ def test_a_digest_tells_data_apart_unless_they_change():
         ({"training": TrainingConfig(load_best_model_at_end=True)}, "training: got load_best_model_at_end=True"),
         ({"training": TrainingConfig(class_weights=[1, 2, 3])}, "got 3 class_weights, expected one for each of 2"),
         ({"training": TrainingConfig(trunk_cache="cache")}, "trunk_cache: got an unmasked model"),
+        ({"training": TrainingConfig(trunk_cache_versions=4)}, "trunk_cache_versions: got 4, but only"),
+        (
+            {"training": TrainingConfig(trunk_cache="cache", mixup_alpha=0.2), "masked": True},
+            "a trunk cache has no images to mix",
+        ),
+        ({"space": {"randaugment_magnitude": [9, 31]}}, "'randaugment_magnitude' would take the value 31"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_trained(tmp_path, monkeypatch, changes, message):
