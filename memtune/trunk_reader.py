@@ -7,7 +7,9 @@ import json
 import math
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +22,8 @@ from .errors import MemtuneError
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
 
 _ALIGNMENT = 64  # bytes, of each tensor of a batch
+
+_MOST_THREADS = 8  # of one process that read a batch
 
 _LONGEST_HEADER = 1 << 20  # bytes; an entry's has some hundreds
 
@@ -80,8 +84,8 @@ class BatchReader:
                 parts = _read_header(first)
             regions, size = _arrange(parts, rows)
             memory = self._lend(size)
-            for row, path in enumerate(paths):
-                _read_entry(path, parts, memory, [region.row(row) for region in regions])
+            places = [[region.row(row) for region in regions] for row in range(rows)]
+            _in_threads(partial(_read_entry, parts, memory), paths, places)
         except (OSError, ValueError, KeyError) as error:
             raise MemtuneError(
                 f"the trunk cache {paths[0].parent.parent} has been changed during the run ({error}); run again: it "
@@ -120,7 +124,18 @@ def _arrange(parts: Sequence[_Part], rows: int) -> tuple[list[_Region], int]:
     return regions, start
 
 
-def _read_entry(path: Path, parts: Sequence[_Part], memory: np.ndarray, places: Sequence[slice]) -> None:
+def _in_threads(read: Callable[[Path, list[slice]], None], paths: Sequence[Path], places: list[list[slice]]) -> None:
+    """Read several files at a time: copying out of the system's file cache keeps a core busy."""
+    threads = min(torch.get_num_threads(), _MOST_THREADS, len(paths))
+    if threads == 1:
+        for each in zip(paths, places, strict=True):
+            read(*each)
+        return
+    with ThreadPoolExecutor(threads) as pool:  # of its own for each batch, as a process that is forked has no threads
+        list(pool.map(read, paths, places))  # raises what a thread has raised
+
+
+def _read_entry(parts: Sequence[_Part], memory: np.ndarray, path: Path, places: Sequence[slice]) -> None:
     """Read what a file has into places of the memory, one after the other."""
     view = memory.data
     with path.open("rb", buffering=0) as file:

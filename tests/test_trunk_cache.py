@@ -142,9 +142,19 @@ def write(folder, name="beit", seed=0, dtype="float32"):
     return current, [cache.path(image) for image in names]
 
 
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request):
+    """In how many threads torch may compute, and a batch is so read."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", ["vit", "beit", "siglip"])
-def test_a_batch_is_what_the_trunk_left(name, tmp_path):
+def test_a_batch_is_what_the_trunk_left(name, threads, tmp_path):
     current, paths = write(tmp_path, name)
+    torch.set_num_threads(threads)  # the zoo takes one
     kept = to_pass(BatchReader().read(paths))
     assert (kept.query is None) == (current.query is None)
     assert kept.query is None or torch.equal(kept.query, current.query)
@@ -172,9 +182,10 @@ def test_memory_is_used_again_once_its_batch_is_gone(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "of another shape", "no entry"])
-def test_what_changes_while_it_is_read_is_named(damage, tmp_path):
+def test_what_changes_while_it_is_read_is_named(damage, threads, tmp_path):
     _, paths = write(tmp_path)
     _, others = write(tmp_path, "vit")
+    torch.set_num_threads(threads)
     change = {
         "missing": lambda path: path.unlink(),
         "cut": lambda path: path.write_bytes(path.read_bytes()[:-7]),
