@@ -111,12 +111,9 @@ class ImageDataset(Dataset):
         except (OSError, TypeError, ValueError):
             return None
 
-    def sources(self, index: int, versions: int) -> list[bytes | None]:
-        """For each version of an image all that it alone is made of; None if it cannot be read."""
-        source = self.source(index)
-        if source is None or self._augment is None:
-            return [source] * versions
-        return [source + self._augment.describe(index, version).encode() for version in range(versions)]
+    def describe(self, index: int, version: int) -> str:
+        """What makes a version of an image of the image; nothing where it is the image itself."""
+        return "" if self._augment is None else self._augment.describe(index, version)
 
     def labels(self) -> list[int]:
         """The indices of all items' classes."""

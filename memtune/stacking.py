@@ -106,7 +106,7 @@ def per_task(states: Tensor, weights: Tensor) -> Tensor:
         (rows, tokens, out).
     """
     weights = fit_rows(weights, states.shape[0]).to(states.dtype)
-    if weights.shape[:2] == (1, 1):
+    if weights.shape[:2] == (1, 1):  # of all, so that images and tokens are rows of one product
         return states @ weights[0, 0]
     if weights.shape[1] == 1:  # of each image, for all its tokens
         return states @ weights.squeeze(1)

@@ -117,13 +117,15 @@ def cached_dataset(
 def _identify(items: Any, versions: int) -> tuple[list[str | None], list[int], dict[str, Any]]:
     """For each version and item the digest of the image, or None; for each item its label; what is done to all."""
     if isinstance(items, ImageDataset):
-        digests = [
-            [None if data is None else digest_of(data) for data in items.sources(index, versions)]
-            for index in range(len(items))
+        sources = (items.source(index) for index in range(len(items)))
+        images = [None if data is None else digest_of(data) for data in sources]
+        in_order = [
+            _digest_of_version(image, items.describe(index, version))
+            for version in range(versions)
+            for index, image in enumerate(images)
         ]
-        in_order = [each for version in zip(*digests, strict=True) for each in version]
         return in_order, items.labels(), items.transform()
-    images: list[str | None] = []
+    images = []
     labels = []
     for index in range(len(items)):
         item = items[index]
@@ -135,6 +137,11 @@ def _identify(items: Any, versions: int) -> tuple[list[str | None], list[int], d
             "cannot be kept. Leave the cache out, or give a data set with a fixed number of views of each image"
         )
     return images, labels, {"pixel_values": True}
+
+
+def _digest_of_version(image: str | None, description: str) -> str | None:
+    """The digest of a version, by that of its image."""
+    return image if image is None or not description else digest_of(f"{image} {description}".encode())
 
 
 class _Filler:

@@ -34,6 +34,7 @@ from memtune.preparation import make_accelerator, make_loader
 
 STRONG: dict[str, Any] = {"randaugment_ops": 2, "randaugment_magnitude": 15}
 MIXED: dict[str, Any] = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0}
+PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})
 STEPS = 6
 """Of three epochs."""
 
@@ -48,7 +49,7 @@ def workers(test: Any) -> Any:
 
 
 def model(*, masked: bool = False) -> memtune.TunedModel:
-    return tuned(masked=masked, processor=ViTImageProcessorPil(size={"height": 32, "width": 32}))
+    return tuned(masked=masked, processor=PROCESSOR)
 
 
 def images(number: int = 8, seed: int = 0) -> datasets.Dataset:
@@ -147,8 +148,7 @@ def same(one: dict[int, Tensor], other: dict[int, Tensor]) -> bool:
 
 @workers
 def test_workers_and_processes_read_the_same_images() -> None:
-    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
-    trained = memtune.wrap(tuned().detach(), memtune.MemoryConfig(2), num_labels=10, processor=processor)
+    trained = memtune.wrap(tuned().detach(), memtune.MemoryConfig(2), num_labels=10, processor=PROCESSOR)
 
     def loader(workers: int = 0) -> Any:
         config = TrainingConfig(per_device_train_batch_size=3, dataloader_num_workers=workers)
@@ -215,11 +215,9 @@ class Versions(list):
 
 
 def masked_run(data: Any, *, seed: int = 0, **settings: Any) -> Any:
-    """The weights that five epochs in masked mode end with, beginning with the same values, and the accuracy."""
-    trained = model(masked=True)
-    config = TrainingConfig(**QUICK | {"num_train_epochs": 5, "seed": seed} | settings)
-    result = memtune.fit(trained, data, images(4, 90), config)
-    return weights(trained), result.history[-1]["eval_loss"]
+    """The weights that five epochs in masked mode end with, from the same values on, and the loss in evaluation."""
+    values, result = fit(data, masked=True, num_train_epochs=5, seed=seed, **settings)
+    return values, result.history[-1]["eval_loss"]
 
 
 def cached(folder: Path, **settings: Any) -> dict[str, Any]:
@@ -233,8 +231,7 @@ def entries(folder: Path) -> set[Path]:
 
 @torchvision
 def test_a_cache_holds_some_versions_and_epochs_go_through_them(tmp_path: Path) -> None:
-    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
-    augmented = ImageDataset(images(), processor, augment=Augmentation(2, 15, 0))
+    augmented = ImageDataset(images(), PROCESSOR, augment=Augmentation(2, 15, 0))
     own = Versions([augmented.version(index, version) for index in range(len(augmented))] for version in range(3))
     expected, loss = masked_run(own, seed=4)
     values, found = masked_run(images(), seed=4, **cached(tmp_path))

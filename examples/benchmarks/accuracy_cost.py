@@ -18,6 +18,7 @@ from typing import Any
 
 import datasets
 import matplotlib.pyplot as plt
+from folders import make_parser
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import memtune
@@ -25,18 +26,12 @@ from memtune import LoraConfig, MemoryConfig
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--model_name_or_path", required=True)
-    add("--train_dir", required=True, help="a folder with one folder of images for each class")
-    add("--validation_dir", required=True)
     add("--output_dir", type=Path, required=True)
-    add("--attn_implementation")
-    add("--image_size", type=int)
     add("--num_train_epochs", type=float, default=10)
     add("--max_steps", type=int, default=-1)
     add("--mixed_precision", default="no", choices=["no", "bf16", "fp16"])
-    add("--seed", type=int, default=42)
     return parser.parse_args()
 
 

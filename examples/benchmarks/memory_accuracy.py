@@ -13,6 +13,7 @@ import argparse
 from typing import Any
 
 import datasets
+from folders import make_parser
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 import memtune
@@ -26,17 +27,11 @@ WAYS = ("neither", "TokenTune", "SlimFit", "both")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--model_name_or_path", required=True)
-    add("--train_dir", required=True, help="a folder with one folder of images for each class")
-    add("--validation_dir", required=True)
-    add("--attn_implementation")
-    add("--image_size", type=int)
     add("--num_train_epochs", type=int, default=5)
     add("--learning_rate", type=float, help="by default that of the mode")
     add("--mixed_precision", default="no", choices=["no", "bf16", "fp16"])
-    add("--seed", type=int, default=42)
     add("--selected", type=int, default=16, help="tokens of each image that have gradients with TokenTune")
     add("--freezing_rate", type=float, default=0.75, help="of SlimFit")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))

@@ -15,6 +15,7 @@ import time
 import datasets
 import peft
 import torch
+from folders import make_parser
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -25,13 +26,8 @@ from memtune.data import Collator, ImageDataset
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--model_name_or_path", required=True)
-    add("--train_dir", required=True, help="a folder with one folder of images for each class")
-    add("--validation_dir", required=True)
-    add("--attn_implementation")
-    add("--image_size", type=int)
     add("--r", type=int, default=8)
     add("--target_modules", nargs="+", default=["q_proj", "v_proj"])
     add("--num_train_epochs", type=int, default=10)
@@ -42,7 +38,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--randaugment_ops", type=int, default=0, help="RandAugment's operations on each training image")
     add("--randaugment_magnitude", type=int, default=9)
     add("--mixed_precision", default="no", choices=["no", "bf16"])
-    add("--seed", type=int, default=42)
     return parser.parse_args()
 
 
