@@ -32,7 +32,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 from transformers.utils import logging
 
 import memtune
-from memtune.contact_sheet import draw_sheet
+from memtune.cli.contact_sheet import draw_sheet
 
 BACKBONE = "backbone"
 """The name that the backbone's own answer has beside the tasks'."""

@@ -25,8 +25,8 @@ from datasets import Dataset, load_dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 import memtune
-from memtune.continual import class_order, fit_continual, split_by_class
-from memtune.registry import method_names, read_config
+from memtune.continual.protocol import class_order, fit_continual, split_by_class
+from memtune.methods.registry import method_names, read_config
 
 PAPER: dict[str, dict[str, float]] = {
     "coda_prompts": {"learning_rate": 1e-3, "weight_decay": 0.0, "warmup_ratio": 0.0, "label_smoothing_factor": 0.0},

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from memtune.finetuning import add_arguments, describe, run
+from memtune.cli.finetuning import add_arguments, describe, run
 
 
 def main() -> None:

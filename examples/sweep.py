@@ -22,7 +22,7 @@ from optuna.distributions import FloatDistribution
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import memtune
-from memtune.registry import method_names, read_config
+from memtune.methods.registry import method_names, read_config
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -77,3 +77,12 @@ def shared_models() -> Path:
 def shared_data() -> Path:
     """The folder of real images, `<task>/{train,test}/<class>/`; mark the test `shared`."""
     return _shared("data")
+
+
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Names of parameters that are the same in every process: of a case its name, of a set its sorted members."""
+    if isinstance(getattr(val, "name", None), str):
+        return val.name  # type: ignore[attr-defined]
+    if isinstance(val, dict) and any(isinstance(each, (set, frozenset)) for each in val.values()):
+        return str({key: sorted(each) if isinstance(each, (set, frozenset)) else each for key, each in val.items()})
+    return None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import memtune
 from memtune import AdapterConfig, ApproximatedPromptConfig, CodaPromptConfig, LoraConfig, MemoryConfig
-from memtune.registry import find_method
+from memtune.methods.registry import find_method
 
 LABELS = torch.tensor([0, 2])
 LINEAR_ROLES = ("query", "key", "value", "out", "fc1", "fc2")

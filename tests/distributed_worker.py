@@ -21,9 +21,9 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 import memtune
-from memtune.backbones import Backbone
-from memtune.callbacks import TrainingCallback
+from memtune.backbones.backbone import Backbone
 from memtune.errors import ConfigError
+from memtune.training.callbacks import TrainingCallback
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 MODELS = {

@@ -10,7 +10,7 @@ import timm
 from backbone_zoo import DEPTH, SIZE, WIDTH, Case, Facts, random_model
 from torch import Tensor, nn
 
-from memtune.backbones import as_pretrained
+from memtune.backbones.backbone import as_pretrained
 
 SMALL: dict[str, Any] = {
     "img_size": SIZE,

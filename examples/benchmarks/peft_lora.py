@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, get_scheduler, set_seed
 
-from memtune.augmentation import Augmentation
-from memtune.data import Collator, ImageDataset
+from memtune.data.augmentation import Augmentation
+from memtune.data.images import Collator, ImageDataset
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -39,8 +39,8 @@ from transformers import (
 )
 
 import memtune
-from memtune.callbacks import TrainingCallback
-from memtune.data import Collator, ImageDataset
+from memtune.data.images import Collator, ImageDataset
+from memtune.training.callbacks import TrainingCallback
 
 METHODS: dict[str, memtune.AdapterConfig] = {"memory": memtune.MemoryConfig(4), "lora": memtune.LoraConfig(r=8)}
 

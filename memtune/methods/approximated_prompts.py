@@ -27,12 +27,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, AdapterConfig
 from ..backbones import Backbone
 from ..errors import ConfigError
-from ..registry import register_method
-from ..stacking import Stack, fit_rows, per_task
-from ..streams import AdaptedStream, TaskStream
+from ..streams import AdaptedStream, Stack, TaskStream, fit_rows, per_task
+from .adapter import Adapter, AdapterConfig
+from .registry import register_method
 
 ACTIVATIONS = ("relu", "softmax")
 

@@ -25,13 +25,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, AdapterConfig
 from ..backbones import Backbone, Block
 from ..errors import ConfigError
-from ..passes import KeysValues, Pass
-from ..registry import register_method
-from ..stacking import Stack
-from ..streams import AdaptedStream, TaskStream
+from ..streams import AdaptedStream, KeysValues, Pass, Stack, TaskStream
+from .adapter import Adapter, AdapterConfig
+from .registry import register_method
 
 
 @dataclass(frozen=True)

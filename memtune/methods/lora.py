@@ -25,14 +25,13 @@ from typing import Any, ClassVar
 import peft
 from torch import nn
 
-from ..adapter import Adapter, AdapterConfig
 from ..backbones import Backbone
 from ..errors import ConfigError
-from ..low_rank import LowRank, SeenUpdates, StackedLinear, UpdateStack
-from ..peft_names import LINEAR_ROLES, roles_of_targets
-from ..registry import register_method
-from ..stacking import Stack
-from ..streams import AdaptedStream, TaskStream
+from ..streams import AdaptedStream, Stack, TaskStream
+from .adapter import Adapter, AdapterConfig
+from .low_rank import LowRank, SeenUpdates, StackedLinear, UpdateStack
+from .peft_names import LINEAR_ROLES, roles_of_targets
+from .registry import register_method
 
 UNMASKED_ROLES = ("query", "value")
 """Section 4.2 of the paper adapts these two."""

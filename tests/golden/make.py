@@ -18,7 +18,7 @@ from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 import memtune
 from memtune import AdapterConfig, ApproximatedPromptConfig, CodaPromptConfig, LoraConfig, MemoryConfig
-from memtune.checkpoint import FORMAT_VERSION
+from memtune.storage.adapter_folder import FORMAT_VERSION
 
 HERE = Path(__file__).parent
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViltConfig, ViltForQuestionAnswering, ViTConfig, ViTModel
 
 import memtune
-from memtune.backbones import Backbone
+from memtune.backbones.backbone import Backbone
+from memtune.backbones.families import PLAIN_TOWERS, TOWERS
 from memtune.errors import ConfigError, UnsupportedBackboneError
-from memtune.families import PLAIN_TOWERS, TOWERS
 from memtune.methods import ApproximatedPromptConfig, LoraConfig, MemoryConfig
 from memtune.methods.approximated_prompts import ApproximatedPromptAdapter, BlockPrompts
-from memtune.streams import AdaptedStream
+from memtune.streams.streams import AdaptedStream
 
 VIT = BY_NAME["vit"]
 SMALL = {"n": 5, "r": 2}

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
 import memtune
-from memtune.backbones import Backbone
+from memtune.backbones.backbone import Backbone
 from memtune.errors import ConfigError
 from memtune.methods import ApproximatedPromptConfig, CodaPromptConfig, LoraConfig, MemoryConfig
 from memtune.methods.coda_prompts import BlockPool, CodaPromptAdapter
-from memtune.streams import Trunk
+from memtune.streams.streams import Trunk
 
 VIT = BY_NAME["vit"]
 SMALL: dict[str, Any] = {"pool_size": 6, "prompt_length": 4, "num_tasks": 3, "blocks": (0, 1)}

@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTModel
 
 from memtune import wrap
-from memtune.backbones import Backbone
+from memtune.backbones.backbone import Backbone
 from memtune.errors import ConfigError
 from memtune.methods import LoraConfig, MemoryConfig
 from memtune.methods.lora import LoraAdapter
-from memtune.passes import Pass
-from memtune.registry import as_config, read_config
+from memtune.methods.registry import as_config, read_config
+from memtune.streams.passes import Pass
 
 VIT = BY_NAME["vit"]
 ROLES = ("query", "key", "value", "out", "fc1", "fc2")
@@ -269,8 +269,8 @@ def slow(monkeypatch):
     """A function after which K' and V' are computed."""
 
     def patch():
-        monkeypatch.setattr("memtune.attention._trunk_scores", slow_scores)
-        monkeypatch.setattr("memtune.attention._trunk_context", slow_context)
+        monkeypatch.setattr("memtune.streams.attention._trunk_scores", slow_scores)
+        monkeypatch.setattr("memtune.streams.attention._trunk_context", slow_context)
 
     return patch
 

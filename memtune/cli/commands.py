@@ -1,0 +1,221 @@
+"""What the commands of `memtune.cli` do: each takes the parsed arguments and gives a result, and prints nothing."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from PIL import Image, UnidentifiedImageError
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+
+from ..errors import CheckpointError, ConfigError, InputError
+from ..evaluation import evaluate as evaluate_model
+from ..models import MultiTaskModel, TunedModel
+from ..models import combine as combine_tasks
+from ..preparation import TrainingConfig
+from ..storage import FORMAT_VERSION, find_folder, list_adapters, load_recorded_backbone, read_folder
+from . import finetuning
+from .contact_sheet import draw_sheet
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command found.
+
+    Attributes:
+        values: As JSON values.
+        text: For people; nothing in a process that is one of several, but not the main one.
+        exit_code: That of the process.
+    """
+
+    values: Any
+    text: str
+    exit_code: int = 0
+
+
+def finetune(options: Namespace) -> Result:
+    """Train an adapter on a folder of images, with one folder for each class, or on a data set of the Hub.
+
+    The adapter, its card, its learning curves and all_results.json go to --output_dir, with checkpoints to go on from.
+    Several GPUs: accelerate launch -m memtune finetune ...
+    """
+    summary = finetuning.run(options, options.command)
+    return Result(None, "") if summary is None else Result(summary, finetuning.describe(summary, options.output_dir))
+
+
+def inspect(options: Namespace) -> Result:
+    """Show the methods, mode, labels, counts and backbone of an adapter.
+
+    A folder that cannot be loaded is reported with what is wrong with it, and the exit code is 1.
+    """
+    folder = find_folder(options.adapter)
+    try:
+        adapter = read_folder(folder)
+    except CheckpointError as error:
+        return Result({"adapter": options.adapter, "problem": str(error)}, f"{options.adapter}: {error}", exit_code=1)
+    backbone = adapter.backbone
+    values = {
+        "adapter": options.adapter,
+        "format_version": FORMAT_VERSION,
+        "methods": [config.to_dict() for config in adapter.configs],
+        "mode": "masked" if adapter.masked else "unmasked",
+        "labels": adapter.labels,
+        "head": "backbone" if adapter.backbone_head else "linear" if adapter.labels else None,
+        "extends": list(adapter.extends),
+        "trained_values": sum(tensor.numel() for tensor in adapter.tensors.values()),
+        "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+        "backbone": {name: value for name, value in backbone.items() if not name.endswith("fingerprint")},
+        "fingerprint": backbone["fingerprint"],
+        "processor": adapter.processor is not None,
+    }
+    return Result(values, _describe(values))
+
+
+def _describe(values: dict[str, Any]) -> str:
+    methods = [
+        f"{config['method']} ({', '.join(f'{key}={value}' for key, value in config.items() if key != 'method')})"
+        for config in values["methods"]
+    ]
+    labels = values["labels"]
+    backbone = values["backbone"]
+    none = f"the head of {backbone['model_class']} reads it" if values["head"] else "it gives features"
+    more = f" and {len(labels) - 8} more" if len(labels) > 8 else ""
+    rows = {
+        "adapter": f"{values['adapter']} (format {values['format_version']}, {values['bytes']:,} bytes)",
+        "methods": " + ".join(methods) or "head alone",
+        "mode": values["mode"] + (f", extends {', '.join(values['extends'])}" if values["extends"] else ""),
+        "labels": f"{len(labels)}: {', '.join(labels[:8])}{more}" if labels else f"none: {none}",
+        "trained values": f"{values['trained_values']:,}",
+        "backbone": f"{backbone['name_or_path'] or 'no name'} ({backbone['family']}, {backbone['depth']} blocks)",
+        "processor": "saved with it" if values["processor"] else "none",
+        "fingerprint": values["fingerprint"]["values"][:24] + "...",
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+
+
+def predict(options: Namespace) -> Result:
+    """Classify images by the labels of each adapter, all of them in one pass over an image.
+
+    Prints a line for each image and task: the best labels with their probabilities.
+    """
+    if options.top_k < 1:
+        raise ConfigError(f"--top_k: got {options.top_k}, expected 1 or more")
+    model, processor = _load_model(options)
+    labels = model.tasks
+    if without := [name for name, own in labels.items() if not own]:
+        raise ConfigError(f"--adapter: {without} have no labels to predict: they give features")
+    answers = []
+    for images, paths in _batches(options.images, options.batch_size):
+        pixel_values = processor(images=images, return_tensors="pt").pixel_values.to(model.backbone.device)
+        output = model(pixel_values)
+        for place, path in enumerate(paths):
+            tasks = {name: _best(answer.logits[place], labels[name], options.top_k) for name, answer in output.items()}
+            answers.append({"image": path, "tasks": tasks})
+    if options.sheet:
+        draw_sheet(answers, Path(options.sheet))
+    rows = [
+        f"{each['image']}\t{name}\t" + ", ".join(f"{label} {probability:.3f}" for label, probability in best)
+        for each in answers
+        for name, best in each["tasks"].items()
+    ]
+    return Result(answers, "\n".join(rows))
+
+
+def _load_model(options: Namespace) -> tuple[MultiTaskModel, Any]:
+    sources = dict(options.adapter)
+    if len(sources) < len(options.adapter):
+        raise ConfigError(f"--adapter: got {[name for name, _ in options.adapter]}, which names a task twice")
+    first = read_folder(find_folder(options.adapter[0][1]))
+    backbone = _load_backbone(options.backbone) or load_recorded_backbone(first)
+    processor = first.processor or AutoImageProcessor.from_pretrained(backbone.name_or_path)
+    return combine_tasks(backbone, sources), processor
+
+
+def _load_backbone(name: str | None) -> PreTrainedModel | None:
+    """The backbone that the user named; None to take the one that an adapter recorded."""
+    if name is None:
+        return None
+    try:
+        return AutoModelForImageClassification.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--backbone: {name!r} cannot be loaded: {error}") from error
+
+
+def _batches(paths: Sequence[str], size: int) -> Iterator[tuple[list[Image.Image], Sequence[str]]]:
+    for start in tqdm(range(0, len(paths), size), unit="batch", disable=None):
+        chosen = paths[start : start + size]
+        yield [_open(path) for path in chosen], chosen
+
+
+def _open(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise InputError(f"{path} cannot be read as an image: {error}") from error
+
+
+def _best(logits: torch.Tensor, labels: list[str], number: int) -> list[tuple[str, float]]:
+    probabilities, places = logits.float().softmax(dim=-1).topk(min(number, len(labels)))
+    return [(labels[place], value) for value, place in zip(probabilities.tolist(), places.tolist(), strict=True)]
+
+
+def evaluate(options: Namespace) -> Result:
+    """Measure an adapter's accuracy on a folder with one folder of images for each class, named by its labels."""
+    model = TunedModel.from_pretrained(options.adapter, _load_backbone(options.backbone))
+    labels = model.task.labels
+    data = datasets.load_dataset("imagefolder", data_dir=options.data, data_files="**", split="train")
+    classes = data.features["label"].names
+    if unknown := [name for name in classes if name not in labels]:
+        raise InputError(f"{options.data} has the classes {unknown}, which are no labels of the adapter")
+    places = [labels.index(name) for name in classes]
+    data = data.cast_column("label", datasets.Value("int64")).map(
+        lambda given: {"label": [places[label] for label in given]}, input_columns="label", batched=True
+    )
+    scores = evaluate_model(model, data, TrainingConfig(disable_tqdm=True, image_size=options.image_size))
+    values = {"adapter": options.adapter, "images": len(data), **scores}
+    return Result(values, f"accuracy {100 * scores['accuracy']:.2f} % of {len(data)} images, loss {scores['loss']:.4f}")
+
+
+def combine(options: Namespace) -> Result:
+    """Put adapters of one backbone into a folder that `memtune.MultiTaskModel.from_pretrained` loads.
+
+    Prints what the tasks share, and what they cost beside a pass of the backbone.
+    """
+    model, _ = _load_model(options)
+    model.save_pretrained(options.output)
+    plan = model.plan()
+    lanes = [
+        {"tasks": list(lane.tasks), "stream": lane.stream, "multiply_adds": lane.multiply_adds} for lane in plan.lanes
+    ]
+    return Result({"output": options.output, "multiply_adds": plan.multiply_adds, "lanes": lanes}, str(plan))
+
+
+def push(options: Namespace) -> Result:
+    """Share an adapter on the Hub in one commit. You must be logged in (`hf auth login`)."""
+    model = TunedModel.from_pretrained(options.adapter, _load_backbone(options.backbone))
+    info = model.push_to_hub(
+        options.repo_id,
+        private=options.private,
+        revision=options.revision,
+        commit_message=options.commit_message,
+        create_pr=options.create_pr,
+    )
+    url = info.pr_url or info.commit_url
+    return Result({"repo_id": options.repo_id, "commit": info.oid, "url": url}, url)
+
+
+def zoo(options: Namespace) -> Result:
+    """List the adapters on the Hub whose cards name a backbone."""
+    found = [
+        {"id": info.id, "tags": info.tags, "downloads": info.downloads} for info in list_adapters(options.backbone)
+    ]
+    text = "\n".join(each["id"] for each in found) or f"no adapters for {options.backbone} were found"
+    return Result(found, text)

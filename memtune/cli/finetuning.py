@@ -1,0 +1,202 @@
+"""Fine-tuning an adapter from the command line: `memtune finetune`, and `accelerate launch examples/finetune.py`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import PartialState
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
+from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
+
+from ..errors import ConfigError, InputError
+from ..evaluation import evaluate
+from ..methods import AdapterConfig, MemoryConfig, method_names, read_config
+from ..models import TunedModel, wrap
+from ..preparation import TrainingConfig, add_training_arguments, read_training_arguments
+from ..training import fit
+
+RESULTS_NAME = "all_results.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of fine-tuning to a parser."""
+    add = parser.add_argument_group("model").add_argument
+    add("--model_name_or_path", required=True, help="the frozen backbone: a folder, or a model on the Hub")
+    add("--base_model_name", help="the backbone's name to record where --model_name_or_path is a folder")
+    kinds = ["head", *method_names()]
+    add("--method", nargs="+", default=["memory"], choices=kinds, help="one or more; head: nothing beside the head")
+    add("--tokens", type=int, default=4, help="memory tokens in each block, for --method memory")
+    add("--method_config", type=json.loads, default={}, help='settings as JSON, as \'{"lora": {"r": 16}}\'')
+    add("--masked", action="store_true", help="train in the task stream; the backbone's own answer stays as it is")
+    add("--attn_implementation", help="the backbone's attention kernel: sdpa, eager, flash_attention_2 ...")
+    add = parser.add_argument_group("data").add_argument
+    add("--train_dir", help="a folder with one folder of images for each class")
+    add("--validation_dir", help="the same, for evaluation")
+    add("--dataset_name", help="a data set of the Hub, in place of folders")
+    add("--dataset_config_name", help="its configuration")
+    add("--image_column_name", default="image", help="the column of images")
+    add("--label_column_name", default="label", help="the column of labels")
+    add("--train_val_split", type=float, default=0.15, help="share to evaluate on where there is no such split")
+    add("--max_train_samples", type=int, help="train on so many images, chosen by the seed")
+    add("--max_eval_samples", type=int, help="evaluate on so many images, chosen by the seed")
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--output_dir", required=True, help="where the adapter goes, with its card and all_results.json")
+    text = "go on from a folder checkpoint-<step>, or without a value from the last one in --output_dir"
+    add("--resume_from_checkpoint", nargs="?", const=True, default=None, help=text)
+    add("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
+    add("--num_processes", type=int, default=1, help="with --cpu: processes to start on this machine")
+    add_training_arguments(group, leave_out=["output_dir"], save_total_limit=2)
+    add = parser.add_argument_group("sharing").add_argument
+    add("--push_to_hub", action="store_true", help="push the adapter to the Hub at the end")
+    add("--hub_model_id", help="where to; by default the name of --output_dir")
+
+
+def run(args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] | None:
+    """Train, evaluate and save as the arguments say.
+
+    Args:
+        args: The arguments.
+        command: The command line, to be recorded.
+
+    Returns:
+        What `all_results.json` has; None in processes that are not the main one.
+
+    Raises:
+        MemtuneError: A setting, an image, a checkpoint, or the Hub refused.
+    """
+    if args.cpu and args.num_processes > 1 and "LOCAL_RANK" not in os.environ:
+        _start_processes(args.num_processes)
+    state = PartialState(cpu=args.cpu)
+    logging.basicConfig(level=logging.INFO if state.is_main_process else logging.ERROR)
+    if not state.is_main_process:
+        datasets.disable_progress_bars()
+    config = read_training_arguments(args)
+    with state.main_process_first():
+        train, evaluation = load_data(args)
+    set_seed(args.seed)
+    model = build_model(args, train.features["label"].names)
+    result = fit(model, train, evaluation, config, resume_from_checkpoint=args.resume_from_checkpoint)
+    # where there was no epoch, the model as it is gets measured, as in transformers' own examples
+    last = result.history[-1] if result.history else _evaluate(model, evaluation, config)
+    if not state.is_main_process:
+        return None
+    scores = {name: value for name, value in last.items() if name.startswith("eval_")}
+    card: dict[str, Any] = {
+        "base_model_name": args.base_model_name,
+        "results": {"accuracy": scores["eval_accuracy"]},
+        "training": config.for_mode(args.masked),
+    }
+    model.save_pretrained(args.output_dir, **card)
+    summary = {
+        **scores,
+        "train_samples": len(train),
+        "eval_samples": len(evaluation),
+        "train_runtime": round(result.seconds, 1),
+        "num_processes": state.num_processes,
+        "trainable_parameters": model.trainable_parameters(),
+        "command": " ".join(command),
+        "torch": torch.__version__,
+        "history": result.history,
+    }
+    folder = Path(args.output_dir)
+    (folder / RESULTS_NAME).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    if result.history and find_spec("matplotlib"):
+        result.plot(folder / "learning_curves.png")
+    if args.push_to_hub:
+        model.push_to_hub(args.hub_model_id or folder.name, **card)
+    return summary
+
+
+def _evaluate(model: TunedModel, dataset: Dataset, config: TrainingConfig) -> dict[str, float]:
+    return {f"eval_{name}": value for name, value in evaluate(model, dataset, config).items()}
+
+
+def describe(summary: dict[str, Any], output_dir: str) -> str:
+    """What a person is told at the end."""
+    return f"accuracy {100 * summary['eval_accuracy']:.2f} %; the adapter is in {output_dir}"
+
+
+def _start_processes(number: int) -> None:
+    """Become `number` processes that run this program, each with the rank that torch's launcher gives it."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
+    program = ["-m", "memtune"] if Path(sys.argv[0]).name == "__main__.py" else [sys.argv[0]]
+    os.execv(sys.executable, [sys.executable, *launcher, *program, *sys.argv[1:]])
+
+
+def load_data(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    """The images to train and to evaluate on, in the columns `image` and `label`.
+
+    Raises:
+        ConfigError: The arguments name no data.
+        InputError: It cannot be loaded.
+    """
+    if not (args.train_dir or args.dataset_name):
+        raise ConfigError("got no data to train on; give --train_dir, or --dataset_name")
+    try:
+        splits = _load_splits(args)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise InputError(f"{args.train_dir or args.dataset_name} cannot be loaded: {error}") from error
+    evaluation = next((splits[name] for name in ("validation", "test") if name in splits), None)
+    train = splits["train"]
+    if evaluation is None:
+        halves = train.train_test_split(args.train_val_split, seed=args.seed)
+        train, evaluation = halves["train"], halves["test"]
+    train, evaluation = (_rename(split, args) for split in (train, evaluation))
+    return _sample(train, args.max_train_samples, args.seed), _sample(evaluation, args.max_eval_samples, args.seed)
+
+
+def _load_splits(args: argparse.Namespace) -> Mapping[Any, Dataset]:
+    if args.dataset_name:
+        return load_dataset(args.dataset_name, args.dataset_config_name)
+    folders = {"train": args.train_dir, "validation": args.validation_dir}
+    # "**", as a class folder named like a split, such as `train`, is taken for that split otherwise.
+    return {
+        name: load_dataset("imagefolder", data_dir=folder, data_files="**", split="train")
+        for name, folder in folders.items()
+        if folder
+    }
+
+
+def _rename(split: Dataset, args: argparse.Namespace) -> Dataset:
+    names = {args.image_column_name: "image", args.label_column_name: "label"}
+    return split.rename_columns({old: new for old, new in names.items() if old != new})
+
+
+def _sample(split: Dataset, limit: int | None, seed: int) -> Dataset:
+    return split if limit is None else split.shuffle(seed=seed).select(range(min(limit, len(split))))
+
+
+def build_model(args: argparse.Namespace, labels: Sequence[str]) -> TunedModel:
+    """The backbone with new adapters.
+
+    Raises:
+        ConfigError: The backbone cannot be loaded, or the settings do not fit it.
+    """
+    try:
+        backbone = AutoModelForImageClassification.from_pretrained(
+            args.model_name_or_path, attn_implementation=args.attn_implementation
+        )
+        processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--model_name_or_path: {args.model_name_or_path!r} cannot be loaded: {error}") from error
+    configs = [_read_method(args, name) for name in args.method]
+    return wrap(backbone, configs, labels=labels, masked=args.masked, processor=processor)
+
+
+def _read_method(args: argparse.Namespace, name: str) -> AdapterConfig:
+    if name == "head":
+        return MemoryConfig(tokens=0, class_token=False)
+    tokens = {"tokens": args.tokens} if name == "memory" else {}
+    return read_config({"method": name} | tokens | args.method_config.get(name, {}))

@@ -1,0 +1,107 @@
+"""The command line: `memtune COMMAND ...`, also `python -m memtune`.
+
+Results go to standard output, as text or with `--json` as JSON; progress and errors go to standard error. Exit codes:
+0 for success, 1 for an error that memtune names, 2 for wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import MemtuneError
+from . import commands
+from .finetuning import add_arguments as add_finetuning
+
+_HELP = """Small trained adapters for one frozen Hugging Face vision model and many tasks.
+
+examples:
+  memtune finetune --model_name_or_path google/vit-base-patch16-224-in21k --train_dir pets/train --method memory lora \
+      --masked --output_dir pets-lora
+  memtune inspect pets-lora
+  memtune predict photos/*.jpg --adapter pets=pets-lora --adapter signs=me/vit-signs-memory --sheet sheet.png
+  memtune evaluate pets-lora --data pets/test
+  memtune combine both --adapter pets=pets-lora --adapter signs=me/vit-signs-memory
+  memtune push pets-lora me/vit-pets-lora
+  memtune zoo google/vit-base-patch16-224-in21k
+
+An adapter is a folder, or the id of a repository on the Hub."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="memtune", description=_HELP, formatter_class=text)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function: Any, summary: str) -> Any:
+        added = subparsers.add_parser(
+            function.__name__, help=summary, description=function.__doc__, formatter_class=text
+        )
+        added.set_defaults(function=function)
+        added.add_argument("--json", action="store_true", help="print the result as JSON")
+        return added
+
+    def backbone(add: Any) -> None:
+        add("--backbone", help="the frozen model: a folder or a name on the Hub; by default the one that is recorded")
+
+    add_finetuning(command(commands.finetune, "train an adapter on a folder of images or a data set of the Hub"))
+    add = command(commands.inspect, "show what an adapter is, or what is wrong with its folder").add_argument
+    add("adapter", help="the adapter")
+    add = command(commands.predict, "classify images by one or more adapters, in one pass").add_argument
+    add("images", nargs="+", help="image files")
+    _adapters(add)
+    backbone(add)
+    add("--top_k", type=int, default=1, help="answers for each image and task (%(default)s)")
+    add("--batch_size", type=int, default=16, help="images a pass (%(default)s)")
+    add("--sheet", help="also draw a contact sheet with the answers into this PNG")
+    add = command(commands.evaluate, "measure an adapter's accuracy on a folder of images").add_argument
+    add("adapter", help="the adapter")
+    add("--data", required=True, help="a folder with one folder of images for each class, named by the labels")
+    backbone(add)
+    add("--image_size", type=int, help="height and width in pixels, in place of the processor's")
+    add = command(commands.combine, "put adapters into one folder that answers every task from one pass").add_argument
+    add("output", help="the folder to write")
+    _adapters(add)
+    backbone(add)
+    add = command(commands.push, "share an adapter on the Hugging Face Hub").add_argument
+    add("adapter", help="the adapter's folder")
+    add("repo_id", help="user/name on the Hub")
+    backbone(add)
+    add("--private", action="store_true", default=None, help="make a new repository private")
+    add("--revision", help="the branch to commit to")
+    add("--commit_message", help="first line of the commit's message")
+    add("--create_pr", action="store_true", help="open a pull request")
+    add = command(commands.zoo, "list the adapters on the Hub for a backbone").add_argument
+    add("backbone", help="the backbone's name on the Hub")
+    return parser
+
+
+def _adapters(add: Any) -> None:
+    add(
+        "--adapter", action="append", required=True, metavar="NAME=ADAPTER", type=_named, help="a task; may be repeated"
+    )
+
+
+def _named(value: str) -> tuple[str, str]:
+    name, found, source = value.partition("=")
+    if not (name and found and source):
+        raise argparse.ArgumentTypeError(f"got {value!r}, expected NAME=ADAPTER, such as pets=pets-lora")
+    return name, source
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code."""
+    options = build_parser().parse_args(arguments)
+    options.command = ["memtune", *(sys.argv[1:] if arguments is None else arguments)]
+    try:
+        result = options.function(options)
+    except MemtuneError as error:
+        print(f"memtune: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    if result.text:
+        print(json.dumps(result.values, indent=2) if options.json else result.text)  # noqa: T201
+    return result.exit_code

@@ -1,0 +1,6 @@
+"""How right a model is."""
+
+from .evaluating import evaluate as evaluate
+from .evaluating import measure as measure
+from .evaluating import run_batch as run_batch
+from .metrics import Accuracy as Accuracy

@@ -1,0 +1,155 @@
+"""One task's pass, and what the token that its head reads attends to in each block.
+
+The weights are those of the pass itself: the attention functions leave them in it (`Pass.weights`). In unmasked mode
+the token is the class token, in masked mode the task token.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..backbones import Backbone
+from ..errors import ConfigError, InputError, UnsupportedBackboneError
+from ..models import MultiTaskModel, TunedModel
+from ..streams import AdaptedStream, Pass, TaskStream, Trunk
+from ..tasks import Earlier, Seen, Task, check_images, check_task_names
+from .shares import Attention
+
+
+class Observer:
+    """One task's pass, whose attention is kept. It runs on views and a copy of its own: the model is left alone."""
+
+    def __init__(self, model: TunedModel | MultiTaskModel, name: str | None) -> None:
+        task, self.processor = _find_task(model, name)
+        self.backbone = Backbone(model.backbone)
+        _check_backbone(self.backbone, task.masked)
+        self.task: Task = copy.deepcopy(task).eval()  # in training, methods would drop values
+        self._trunk = Trunk(self.backbone)
+        self._stream = TaskStream(self.backbone) if task.masked else AdaptedStream(self.backbone)
+        self._earlier = Earlier(self.backbone, self.task.extends) if self.task.extends else None
+        self._methods = self._attach()
+
+    def _attach(self) -> list[list[str]]:
+        """Attach the task; gives for each block the method that each source of further keys belongs to."""
+        names: list[list[str]] = [[] for _ in self._stream.sites]
+        for adapter in self.task.adapters:
+            adapter.attach(self._stream)
+            for own, site in zip(names, self._stream.sites, strict=True):
+                own += [adapter.config.method] * (len(site.sources) - len(own))
+        if self.task.class_token is not None and isinstance(self._stream, AdaptedStream):
+            self._stream.view.set_class_token(self.task.token)
+        return names
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether a block has memory tokens."""
+        return any("memory" in names for names in self._methods)
+
+    def pixel_values(self, image: Any, interpolate: bool) -> Tensor:
+        """One image as a backbone takes it, (1, channels, height, width)."""
+        if isinstance(image, Image.Image):
+            if self.processor is None:
+                raise InputError("image: the task has no image processor; pass pixel_values (1, channels, ...) instead")
+            image = image.convert("RGB") if self.backbone.channels == 3 else image
+            image = self.processor(image, return_tensors="pt").pixel_values
+        elif isinstance(image, (list, tuple)):
+            raise InputError(f"image: got {len(image)} images, expected one; call explain for each")
+        elif not isinstance(image, Tensor):
+            raise InputError(
+                f"image: got {type(image).__name__}, expected a PIL image (PIL.Image.open reads a file) or "
+                "pixel_values (1, channels, height, width)"
+            )
+        image = check_images(image, self.backbone, interpolate=interpolate)
+        if len(image) != 1:
+            raise InputError(f"image: got pixel_values of {len(image)} images, expected one; call explain for each")
+        return image
+
+    @torch.no_grad()
+    def observe(self, pixel_values: Tensor, interpolate: bool) -> tuple[list[Attention], Tensor]:
+        """For each block the attention (images, heads, ...), and the probabilities (images, classes)."""
+        pixel_values = pixel_values.to(device=self.backbone.model.device, dtype=self.backbone.model.dtype)
+        current = Pass()
+        if isinstance(self._stream, TaskStream) or self._stream.needs_query:
+            current, _ = self._trunk.run(pixel_values, interpolate_pos_encoding=interpolate)
+        weights: list[list[Tensor]] = []
+        if isinstance(self._stream, TaskStream):
+            tokens = current.trunk[0].key.shape[2]
+            if self._earlier is not None:
+                current = self._earlier.extend(Seen(pixel_values, current, interpolate))
+            features = self._stream.features(replace(current, weights=weights), self.task.token()).squeeze(1)
+        else:
+            current = Pass(query=current.query, weights=weights)
+            features = self._stream.features(pixel_values, interpolate_pos_encoding=interpolate, current=current)
+            tokens = weights[0][0].shape[-1]
+        sizes = zip(pixel_values.shape[2:], self.backbone.patch_size, strict=True)
+        grid = [pixels // patch for pixels, patch in sizes]
+        blocks = [self._sort(each, names, tokens, grid) for each, names in zip(weights, self._methods, strict=True)]
+        logits = features[:, :0] if self.task.head is None else self.task.logits(features)
+        return blocks, logits.float().softmax(dim=-1).cpu()
+
+    def _sort(self, parts: Sequence[Tensor], methods: Sequence[str], tokens: int, grid: Sequence[int]) -> Attention:
+        """The parts of a block's weights, each (images, heads, 1, number), by what they fall on.
+
+        Args:
+            parts: Those on the tokens that the backbone has (after them those of earlier tasks), those of a task token
+                on itself, and those on the keys of each source.
+            methods: The method of each source.
+            tokens: How many tokens the backbone has for an image, those of the patches last.
+            grid: Rows and columns of the patches.
+        """
+        shared, *others = [part[:, :, 0].float().cpu() for part in parts]
+        none = shared[..., :0]
+        before = tokens - grid[0] * grid[1]
+        leading = int(self.backbone.class_token is not None)
+        first, registers, patches, earlier = shared.tensor_split([leading, before, tokens], dim=-1)
+        own, class_token = (others.pop(0), first) if self.task.masked else (first, none)
+        named = list(zip(methods, others, strict=True))
+        memory = [part for method, part in named if method == "memory"]
+        further = [part for method, part in named if method != "memory"]
+        return Attention(
+            patches=patches.unflatten(-1, tuple(grid)),
+            own=own,
+            class_token=class_token,
+            registers=registers,
+            earlier=earlier,
+            memory=torch.cat([none, *memory], dim=-1),
+            further=torch.cat([none, *further], dim=-1),
+        )
+
+
+def _find_task(model: Any, name: str | None) -> tuple[Task, Any]:
+    """The task to look at, and its processor."""
+    if isinstance(model, TunedModel):
+        if name is not None:
+            raise ConfigError(f"task: got {name!r} for a model of one task; leave it out")
+        return model.task, model.processor
+    if not isinstance(model, MultiTaskModel):
+        raise ConfigError(f"model: got {type(model).__name__}, expected a TunedModel or a MultiTaskModel")
+    tasks = model.arrangement.tasks
+    if name is None:
+        raise ConfigError(f"task: got none for a model of several; expected one of {list(tasks)}")
+    check_task_names("task", [name], tasks)
+    return tasks[name], model.processors.get(name)
+
+
+def _check_backbone(backbone: Backbone, masked: bool) -> None:
+    """Raise unless there is one token that reads all of the image for the head."""
+    family, name = backbone.family, type(backbone.model).__name__
+    if family.staged or not family.attention_function:
+        why = f"attend {family.staged}" if family.staged else "compute attention themselves, and leave no weights"
+        raise UnsupportedBackboneError(
+            f"got {name}, whose blocks {why}; attention can be shown of backbones with global attention by "
+            "transformers' AttentionInterface, such as ViT, DeiT, DINOv2, DINOv3 and CLIP"
+        )
+    if not masked and not backbone.reads_class_token:
+        raise UnsupportedBackboneError(
+            f"got {name}, whose feature is no class token's, so no single token reads the image for the head; train "
+            "with masked=True, where a task token does"
+        )

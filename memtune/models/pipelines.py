@@ -1,0 +1,129 @@
+"""`pipeline()`: a model as one of transformers' pipelines, from image files to labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ImageClassificationPipeline
+
+from ..errors import ConfigError
+from ..tasks import check_task_names
+from .multitask import MultiTaskModel
+from .tuned import TunedModel
+
+_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(dim=-1),
+    "sigmoid": torch.sigmoid,
+    "none": lambda logits: logits,
+}
+"""What `function_to_apply` can be."""
+
+_KEY = "logits of "
+"""Before a task's name among the outputs of a pass, some names of which have a meaning of their own to a pipeline."""
+
+
+def pipeline(
+    model: TunedModel | MultiTaskModel,
+    *,
+    image_processor: Any = None,
+    device: torch.device | str | int | None = None,
+    **options: Any,
+) -> TaskPipeline:
+    """A pipeline that takes images as `transformers.pipeline("image-classification")` does, and answers as it does.
+
+    It is called with a path, a URL, a PIL image, a list of these, a generator, or a `torch.utils.data.Dataset` of them.
+    For a tuned model it gives for each image a list of {"label", "score"}, the best first; for a model of many tasks a
+    dictionary of such lists by task, all of them from one pass.
+
+    Args:
+        model: The model; it is put in evaluation mode.
+        image_processor: The image processor; by default the one that the model's tasks brought along.
+        device: Where to run; by default where the model is.
+        options: Those of transformers' pipeline: `batch_size`, `num_workers`, `top_k`, `function_to_apply`, `timeout`;
+            for many tasks also `tasks`, those to answer. All but the first two can also be given in each call.
+
+    Raises:
+        ConfigError: It is no such model, it has no tasks or no head, or no image processor can be told from its tasks.
+    """
+    if not isinstance(model, (TunedModel, MultiTaskModel)):
+        raise ConfigError(f"model: got {type(model).__name__}, expected a TunedModel or a MultiTaskModel")
+    if isinstance(model, MultiTaskModel) and not model.tasks:
+        raise ConfigError("model: got a model without tasks; add one first")
+    if isinstance(model, TunedModel):
+        model.task.require_head("pipeline")
+    elif "tasks" not in options:
+        _check_labelled(model, list(model.tasks))
+    if image_processor is None:
+        image_processor = model.processor if isinstance(model, TunedModel) else _shared_processor(model)
+    if not callable(image_processor):
+        raise ConfigError(
+            f"image_processor: got {image_processor!r}; pass one, such as AutoImageProcessor.from_pretrained(...)"
+        )
+    kind = TaskPipeline if isinstance(model, TunedModel) else MultiTaskPipeline
+    return kind(
+        model=model.eval(),
+        image_processor=image_processor,
+        task="image-classification",
+        device=model.device if device is None else device,
+        **options,
+    )
+
+
+def _check_labelled(model: MultiTaskModel, names: Sequence[str]) -> None:
+    if without := [name for name in names if not model.tasks[name]]:
+        raise ConfigError(
+            f"tasks: got {without}, which have no labels (they were wrapped with head=None, and give features); pass "
+            "tasks=[...] with those that have"
+        )
+
+
+def _shared_processor(model: MultiTaskModel) -> Any:
+    """The image processor of all tasks that have one, None if there is none."""
+    found = {name: processor for name, processor in model.processors.items() if processor is not None}
+    first = next(iter(found), "")
+    if others := [name for name in found if found[name].to_dict() != found[first].to_dict()]:
+        raise ConfigError(
+            f"image_processor: the tasks {first!r} and {others[0]!r} were trained with different ones, and one pass "
+            "answers both; pass the one to use, or make a model of the tasks that share theirs"
+        )
+    return found.get(first)
+
+
+class TaskPipeline(ImageClassificationPipeline):
+    """transformers' pipeline for image classification, around a `TunedModel`. Made by `pipeline`."""
+
+    def check_model_type(self, supported_models: Any) -> None:
+        """Accept memtune's models, which transformers' own list does not name."""
+
+
+class MultiTaskPipeline(TaskPipeline):
+    """The same around a `MultiTaskModel`, which gives for each image a list of labels and scores by task."""
+
+    model: Any
+
+    def _sanitize_parameters(
+        self, top_k: int | None = None, function_to_apply: Any = None, timeout: Any = None, tasks: Any = None
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        before, _, after = super()._sanitize_parameters(top_k, function_to_apply, timeout)
+        if tasks is not None:
+            check_task_names("tasks", tasks, self.model.tasks)
+            _check_labelled(self.model, tasks)
+        return before, {} if tasks is None else {"tasks": tasks}, after
+
+    def _forward(self, model_inputs: Any, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+        return {_KEY + name: answer.logits for name, answer in self.model(**model_inputs, tasks=tasks).items()}
+
+    def postprocess(self, model_outputs: dict[str, Tensor], function_to_apply: Any = None, top_k: int = 5) -> Any:
+        """Labels and scores by task, for the logits (1, classes) of one image."""
+        scores_of = _SCORES["softmax" if function_to_apply is None else function_to_apply.value]
+        labels = self.model.tasks
+        answers: dict[str, list[dict[str, Any]]] = {}
+        for key, logits in model_outputs.items():
+            name = key.removeprefix(_KEY)
+            scores, places = scores_of(logits[0].float()).topk(min(top_k, logits.shape[-1]))
+            found = zip(places.tolist(), scores.tolist(), strict=True)
+            answers[name] = [{"label": labels[name][place], "score": score} for place, score in found]
+        return answers

@@ -1,0 +1,327 @@
+"""`TunedModel`: a backbone, what is trained for one task, and the conventions of Hugging Face models."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.utils.generic import ModelOutput
+
+from ..backbones import Backbone, Hold, as_pretrained
+from ..errors import ConfigError, InputError, MemtuneError, UnsupportedBackboneError
+from ..storage import write_peft_folder
+from ..streams import AdaptedStream, Pass, TaskStream, Trunk
+from ..tasks import Earlier, Seen, Task, check_images, check_labels, merge
+from .conventions import VisionModel
+from .sharing import Sharing
+
+_VIEWS = ("_trunk", "stream", "_earlier", "_described")
+"""What `TunedModel` builds anew when it is copied or changes its mode, and lacks when it is detached."""
+
+
+class TunedModel(VisionModel, Sharing):
+    """A frozen backbone with what is trained for one task. Made by `wrap`, `load` or `from_pretrained`.
+
+    `state_dict()` and the trainable parameters are the task's alone. `train()` leaves the backbone in evaluation mode.
+
+    Attributes:
+        backbone: The model that was wrapped; its own forward is never changed.
+        task: The parameters of the task and its labels.
+        config: A copy of the backbone's configuration, with the task's labels unless the head is the backbone's.
+        processor: The image processor, or None.
+        stream: What a pass runs beside the trunk; made anew whenever the mode changes.
+    """
+
+    accepts_loss_kwargs = False
+    supports_gradient_checkpointing = True
+
+    task: Task
+
+    def __init__(self, backbone: PreTrainedModel | nn.Module, task: Task, processor: Any = None) -> None:
+        super().__init__()
+        self.backbone = backbone = as_pretrained(backbone)
+        self.task = task
+        self.processor = processor
+        self.config: Any = copy.deepcopy(backbone.config)
+        if not task.backbone_head:
+            self.config.id2label = dict(enumerate(task.labels))
+            self.config.problem_type = "single_label_classification"  # whatever the backbone's own head was for
+            self.config.label2id = {label: index for index, label in enumerate(task.labels)}
+        self._checkpointing: dict[str, Any] | None = None
+        self._enabled = True
+        self._loaded_prefix = ""
+        self._build()  # first, as it refuses a backbone that has no view
+        self._hold = Hold(backbone)
+        self.task.to(device=backbone.device)
+        self.register_state_dict_post_hook(_drop_backbone)
+        self.register_load_state_dict_pre_hook(_note_prefix)
+        self.register_load_state_dict_post_hook(_forgive_backbone)
+        self.train(self._hold.was_training)
+
+    def _build(self) -> None:
+        """Make the views that forward runs."""
+        backbone = Backbone(self.backbone)
+        self._trunk = Trunk(backbone) if self.task.masked else None
+        checkpointing = self._checkpointing if self.training else None
+        self.stream: AdaptedStream | TaskStream = (
+            TaskStream(backbone)
+            if self.task.masked
+            else AdaptedStream(backbone, checkpointing=checkpointing, whole_model=self.task.backbone_head)
+        )
+        self.task.attach(self.stream)
+        self._earlier = Earlier(backbone, self.task.extends) if self.task.extends else None
+        self._described = backbone
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+        trunk: Pass | None = None,
+        **inputs: Any,
+    ) -> ImageClassifierOutput | BaseModelOutputWithPooling | ModelOutput | tuple[Tensor, ...]:
+        """Classify images by the task's labels; without a head, give their features; by the backbone's, its own output.
+
+        Args:
+            pixel_values: Images as the processor gives them, (batch, channels, height, width).
+            labels: Indices of the right classes, (batch,); the output then has the mean cross-entropy as `loss`, in
+                training with what the methods add to it. Where the head is the backbone's, what that takes as labels.
+            interpolate_pos_encoding: Accept images of another size than the backbone's.
+            return_dict: False for a plain tuple.
+            trunk: What `trunk_pass` gave for the images, in their place (masked mode only).
+            inputs: What else the backbone's own forward takes, where the head is the backbone's.
+
+        Returns:
+            `logits` (batch, classes), and `loss` if labels were given; of an adapter without a head `pooler_output`
+            (batch, width); where the head is the backbone's, the output of the backbone's class. Within
+            `disable_adapter()`: the backbone's own output.
+
+        Raises:
+            InputError: The images or labels have the wrong shape, type, size, or range; or there are inputs that the
+                head does not take.
+            ConfigError: `trunk` was given to an unmasked model, or within `disable_adapter()`; or `labels` without a
+                head.
+        """
+        if self.task.backbone_head and trunk is None:
+            options = {"labels": labels, "interpolate_pos_encoding": interpolate_pos_encoding or None}
+            return self._run_backbone(pixel_values, inputs | options, return_dict)
+        if inputs:
+            raise InputError(f"got {sorted(inputs)}; a head that is not the backbone's takes pixel_values and labels")
+        if trunk is not None:
+            if not self._enabled:
+                raise ConfigError("trunk: without its adapter the model reads images; pass pixel_values")
+            return self._answer(self.features_of(trunk), labels, return_dict)
+        pixel_values = check_images(pixel_values, self._described, interpolate=interpolate_pos_encoding)
+        if not self._enabled:
+            options = {} if self._described.family.any_size else {"interpolate_pos_encoding": interpolate_pos_encoding}
+            images_alone = self.backbone.main_input_name == "pixel_values"
+            return (self.backbone if images_alone else self._described.tower)(pixel_values=pixel_values, **options)
+        features = self.features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        return self._answer(features, labels, return_dict)
+
+    def _run_backbone(self, pixel_values: Any, inputs: dict[str, Any], return_dict: bool | None) -> Any:
+        """The output of the backbone's own class, its head reading the adapted tower."""
+        given = {name: value for name, value in inputs.items() if value is not None}
+        interpolate = "interpolate_pos_encoding" in given
+        pixel_values = check_images(pixel_values, self._described, interpolate=interpolate)
+        if self._described.family.any_size:
+            given.pop("interpolate_pos_encoding", None)
+        if self._enabled:
+            assert isinstance(self.stream, AdaptedStream)
+            output = self.stream.run_model(pixel_values, **given)
+        else:
+            output = self.backbone(pixel_values=pixel_values, return_dict=True, **given)
+        penalty = self.task.penalty() if self.training and self._enabled else None
+        if penalty is not None and output.get("loss") is not None:
+            output["loss"] = output["loss"] + penalty
+        return output.to_tuple() if return_dict is False else output
+
+    def _answer(
+        self, features: Tensor, labels: Tensor | None, return_dict: bool | None
+    ) -> ImageClassifierOutput | BaseModelOutputWithPooling | tuple[Tensor, ...]:
+        """The output for features (batch, width)."""
+        if self.task.head is None and labels is None:
+            pooled = BaseModelOutputWithPooling(pooler_output=features)
+            return pooled.to_tuple() if return_dict is False else pooled
+        if labels is not None:
+            self.task.require_head("labels")
+            check_labels(labels, features.shape[0], len(self.task.labels))
+        logits = self.task.logits(features)
+        loss = None if labels is None else cross_entropy(logits, labels.long())
+        if loss is not None and self.training and (penalty := self.task.penalty()) is not None:
+            loss = loss + penalty
+        output = ImageClassifierOutput(loss=loss, logits=logits)
+        return output.to_tuple() if return_dict is False else output
+
+    def features(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> Tensor:
+        """What the head reads of images (batch, channels, height, width): (batch, width)."""
+        if isinstance(self.stream, AdaptedStream):
+            return self.stream.features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        return self.features_of(self.trunk_pass(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
+
+    def trunk_pass(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> Pass:
+        """What the task stream reads of images (batch, channels, height, width): the same whatever is trained.
+
+        Raises:
+            ConfigError: The model is unmasked.
+            InputError: The images have the wrong shape, type or size.
+        """
+        if self._trunk is None:
+            raise ConfigError("got an unmasked model, which has no trunk; wrap with masked=True")
+        pixel_values = check_images(pixel_values, self._described, interpolate=interpolate_pos_encoding)
+        current, _ = self._trunk.run(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        if self._earlier is not None:
+            current = self._earlier.extend(Seen(pixel_values, current, interpolate_pos_encoding))
+        return current
+
+    def features_of(self, trunk: Pass) -> Tensor:
+        """What the head reads, (batch, width), of images whose `trunk_pass` is there already.
+
+        Raises:
+            ConfigError: The model is unmasked.
+        """
+        if isinstance(self.stream, AdaptedStream):
+            raise ConfigError("trunk: got an unmasked model, which has none; pass pixel_values")
+        return self.stream.features(trunk, self.task.token()).squeeze(1)
+
+    def train(self, mode: bool = True) -> TunedModel:
+        """Set the adapter's mode. The frozen backbone stays in evaluation mode: no dropout, no stochastic depth."""
+        super().train(mode)
+        self.backbone.eval()
+        self._build()
+        return self
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Recompute blocks in the backward pass to save memory (masked mode has nothing to recompute).
+
+        Args:
+            activation_checkpointing_kwargs: Arguments of `torch.utils.checkpoint.checkpoint`.
+            options: Those of the method of this name of transformers' models, such as `every_n_layers`.
+
+        Raises:
+            UnsupportedBackboneError: The backbone's class does not support it.
+        """
+        if not self.backbone.supports_gradient_checkpointing:
+            raise UnsupportedBackboneError(
+                f"{type(self.backbone).__name__} does not support activation checkpointing; train without it, with "
+                "smaller batches or in mixed precision"
+            )
+        self._checkpointing = {"kwargs": activation_checkpointing_kwargs or {"use_reentrant": False}, **options}
+        self._build()
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self._checkpointing = None
+        self._build()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+    gradient_checkpointing_disable = activation_checkpointing_disable
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within this context the model answers as the untouched backbone does."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    def merge(self) -> PreTrainedModel:
+        """A plain Hugging Face model with this task in its weights (see `memtune.tasks.merge`); this one stays."""
+        return merge(self.backbone, self.task)
+
+    def export_peft(self, folder: str | Path) -> None:
+        """Save an unmasked LoRA adapter as a folder that PEFT reads.
+
+        `PeftModel.from_pretrained` loads it onto the backbone as `AutoModelForImageClassification` loads that with the
+        task's `num_labels`, head included. Where there is no such class whose head reads what the task's reads, the
+        folder is for the backbone's own class and has no head, and a warning says so.
+
+        Args:
+            folder: Where to; made if it is not there.
+
+        Raises:
+            ConfigError: Another mode or method; or the backbone has query, key and value in one layer.
+            CheckpointError: The path is a file.
+        """
+        write_peft_folder(folder, self.task, self.backbone, self.processor)
+
+    def detach(self) -> PreTrainedModel:
+        """Give the backbone back as it was before `wrap`, and end this model.
+
+        Returns:
+            The backbone, with the parameters trainable that were so, and in the mode it was in; while another tuned
+            model uses it, it stays frozen.
+        """
+        backbone = self.backbone
+        self._hold.release(backbone)
+        self.__dict__ = self.__getstate__() | {"_modules": {}}
+        return backbone
+
+    def trainable_parameters(self) -> dict[str, int]:
+        """Trained values by part: each method's, `class_token`, `head`, their `total`, and the frozen `backbone`'s."""
+        counts = {
+            method: sum(parameter.numel() for parameter in adapter.parameters())
+            for method, adapter in zip(self.task.methods, self.task.adapters, strict=True)
+        }
+        counts["class_token"] = 0 if self.task.class_token is None else self.task.class_token.numel()
+        counts["head"] = 0 if self.task.head is None else sum(each.numel() for each in self.task.head.parameters())
+        counts["total"] = sum(counts.values())
+        return counts | {"backbone": sum(parameter.numel() for parameter in self.backbone.parameters())}
+
+    def print_trainable_parameters(self) -> None:
+        """Print the number of trained values beside that of all values, in PEFT's words."""
+        counts = self.trainable_parameters()
+        trained, total = counts["total"], counts["total"] + counts["backbone"]
+        share = 100 * trained / total
+        print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f}")  # noqa: T201
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("backbone", "task", *_VIEWS):
+                raise MemtuneError("this model has been detached from its backbone; wrap the backbone again") from None
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _VIEWS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._build()
+        self._hold.join(self.backbone)
+
+
+def _drop_backbone(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """The state of a tuned model is the task's: the frozen backbone is saved by whoever owns it."""
+    for key in [key for key in state if key.startswith(f"{prefix}backbone.")]:
+        del state[key]
+
+
+def _note_prefix(module: Any, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
+    module._loaded_prefix = prefix
+
+
+def _forgive_backbone(module: Any, incompatible: Any) -> None:
+    frozen = f"{module._loaded_prefix}backbone."
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(frozen)]
+    module._build()  # tensors that were assigned, not copied, are new ones
+
+
+load = TunedModel.from_pretrained

@@ -1,0 +1,206 @@
+"""The settings of `memtune.fit`, and their defaults by mode."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import ConfigError
+from ..trunk_cache import DTYPES, CacheType
+
+RECIPES: dict[str, dict[str, float]] = {
+    "unmasked": {"learning_rate": 5e-3, "weight_decay": 0.01, "label_smoothing_factor": 0.0},
+    "masked": {"learning_rate": 4e-3, "weight_decay": 1.0, "label_smoothing_factor": 0.1},
+}
+"""Defaults by mode. A task stream overfits where an adapted one does not: it asks for strong weight decay and smoothing
+(docs/results.md has the comparison)."""
+
+Rule = tuple[str, Callable[[Any], bool]]
+"""What is expected of a setting, and whether a value is that."""
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return _number(value) and value >= 1 and float(value).is_integer()
+
+
+def _path(value: Any) -> bool:
+    return isinstance(value, (str, Path)) and bool(str(value))
+
+
+def _whole_to(most: float) -> Callable[[Any], bool]:
+    return lambda value: _number(value) and 0 <= value <= most and float(value).is_integer()
+
+
+def _weights(value: Any) -> bool:
+    return isinstance(value, Sequence) and bool(value) and all(_number(each) and each >= 0 for each in value)
+
+
+def _one_of(*choices: str) -> Rule:
+    return f"one of {choices}", lambda value: value in choices
+
+
+_WHOLE: Rule = ("a whole number, 1 or more", _whole)
+_NOT_NEGATIVE: Rule = ("a number, 0 or more", lambda value: _number(value) and value >= 0)
+_SHARE: Rule = ("a number from 0 to below 1", lambda value: _number(value) and 0 <= value < 1)
+_FLAG: Rule = ("True or False", lambda value: isinstance(value, bool))
+_FOLDER: Rule = ("the path of a folder", _path)
+
+_RULES: dict[str, Rule] = {
+    "num_train_epochs": _NOT_NEGATIVE,
+    "max_steps": ("a number of steps, or -1", lambda value: value == -1 or _whole(value)),
+    "per_device_train_batch_size": _WHOLE,
+    "per_device_eval_batch_size": _WHOLE,
+    "gradient_accumulation_steps": _WHOLE,
+    "optim": _one_of("adamw", "sgd"),
+    "learning_rate": _NOT_NEGATIVE,
+    "layerwise_lr_decay": ("a number above 0, at most 1", lambda value: _number(value) and 0 < value <= 1),
+    "weight_decay": _NOT_NEGATIVE,
+    "momentum": _SHARE,
+    "warmup_ratio": _SHARE,
+    "lr_scheduler_type": _one_of("cosine", "linear", "constant", "constant_with_warmup"),
+    "max_grad_norm": _NOT_NEGATIVE,
+    "label_smoothing_factor": _SHARE,
+    "class_weights": ("a number, 0 or more, for each class", _weights),
+    "ema_decay": _SHARE,
+    "mixup_alpha": _NOT_NEGATIVE,
+    "cutmix_alpha": _NOT_NEGATIVE,
+    "randaugment_ops": ("a whole number, 0 or more", _whole_to(math.inf)),
+    "randaugment_magnitude": ("a whole number from 0 to 30", _whole_to(30)),
+    "mixed_precision": _one_of("no", "bf16", "fp16"),
+    "image_size": _WHOLE,
+    "on_error": _one_of("raise", "skip"),
+    "dataloader_num_workers": _NOT_NEGATIVE,
+    "disable_tqdm": _FLAG,
+    "logging_steps": _WHOLE,
+    "output_dir": _FOLDER,
+    "save_strategy": _one_of("epoch", "steps", "no"),
+    "save_steps": _WHOLE,
+    "save_total_limit": _WHOLE,
+    "load_best_model_at_end": _FLAG,
+    "metric_for_best_model": _one_of("accuracy", "loss"),
+    "early_stopping_patience": _WHOLE,
+    "trunk_cache": _FOLDER,
+    "trunk_cache_dtype": _one_of(*DTYPES),
+    "trunk_cache_max_gb": _NOT_NEGATIVE,
+    "trunk_cache_versions": _WHOLE,
+}
+
+_OPTIONAL = {"layerwise_lr_decay", "class_weights", "ema_decay", "image_size", "output_dir", "save_total_limit"}
+_OPTIONAL |= {"early_stopping_patience", "trunk_cache", "trunk_cache_max_gb", *RECIPES["masked"]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Settings of `fit`; names and meanings are those of `transformers.TrainingArguments` where it has them.
+
+    Args:
+        num_train_epochs: Passes over the training images; a fraction is allowed.
+        max_steps: Steps of the optimizer in place of epochs; -1 for epochs.
+        per_device_train_batch_size: Images a step on each device.
+        per_device_eval_batch_size: The same in evaluation.
+        gradient_accumulation_steps: Batches whose gradients make one step.
+        optim: "adamw" or "sgd".
+        learning_rate: The highest learning rate; None for that of the model's mode (see `RECIPES`).
+        layerwise_lr_decay: Factor of the learning rate for each block further from the head; None for none.
+        weight_decay: On all trained values but biases; None for that of the mode.
+        momentum: Of SGD.
+        warmup_ratio: Share of the steps in which the learning rate rises to its highest.
+        lr_scheduler_type: How it falls afterwards.
+        max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
+        label_smoothing_factor: Share of the target that is spread over all classes; None for that of the mode.
+        class_weights: Weights of the classes in the training loss, in the order of the labels; None for equal ones.
+        mixup_alpha: Mix pairs of images, by shares from a beta distribution with this parameter (0.2 is usual; needs
+            torchvision); 0 for none.
+        cutmix_alpha: The same for rectangles of one image in another (1.0 is usual).
+        randaugment_ops: RandAugment's number of operations on each training image of a `datasets.Dataset`, before the
+            processor (2 is usual; needs torchvision); 0 for none.
+        randaugment_magnitude: How strong they are, 0 to 30.
+        ema_decay: Evaluate, and end with, a moving average of the trained values, which keeps this share of itself at
+            each step; None for the values themselves.
+        mixed_precision: "no", "bf16" or "fp16"; None for what `accelerate launch` was told, "no" without it.
+        image_size: Height and width in pixels to train at, in place of the processor's; positions are interpolated.
+        on_error: "raise" at an image that cannot be read, or "skip" it.
+        dataloader_num_workers: Processes that read images; 0 for none beside this one.
+        seed: Of the order of the images and of everything random in training.
+        disable_tqdm: No progress bar.
+        logging_steps: Steps between two entries in the log and in the trackers, beside those of each epoch.
+        report_to: "tensorboard", "trackio", "wandb" or any other of Accelerate's trackers, or several; "none".
+        output_dir: A folder for checkpoints of the run, `checkpoint-<step>`, to go on from (docs/training.md); None for
+            no checkpoints.
+        save_strategy: When a checkpoint is saved: after each "epoch", each `save_steps` "steps", or "no" at all.
+        save_steps: Steps between two checkpoints.
+        save_total_limit: Checkpoints to keep, the oldest go; None for all.
+        load_best_model_at_end: End with the values of the epoch whose evaluation was best.
+        metric_for_best_model: "accuracy" or "loss".
+        early_stopping_patience: Stop after so many epochs in a row without a better evaluation; None to go on.
+        trunk_cache: A folder for what the trunk makes of each image, in masked mode: computed once, then read, by any
+            method, task and run with the same images and backbone (docs/trunk_cache.md). None to compute it each time.
+        trunk_cache_dtype: "float32", "float16", "bfloat16" or "int8": what keys and values are kept as.
+        trunk_cache_max_gb: Most gigabytes (1e9 bytes) that the folder may hold; None for all that the disk has left.
+        trunk_cache_versions: With RandAugment: how many versions of each training image the cache holds, the image
+            itself among them; epochs go through them in turn.
+
+    Raises:
+        ConfigError: A setting is wrong.
+    """
+
+    num_train_epochs: float = 10
+    max_steps: int = -1
+    per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    optim: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float | None = None
+    layerwise_lr_decay: float | None = None
+    weight_decay: float | None = None
+    momentum: float = 0.9
+    warmup_ratio: float = 0.1
+    lr_scheduler_type: str = "cosine"
+    max_grad_norm: float = 1.0
+    label_smoothing_factor: float | None = None
+    class_weights: Sequence[float] | None = None
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    randaugment_ops: int = 0
+    randaugment_magnitude: int = 9
+    ema_decay: float | None = None
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    image_size: int | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+    dataloader_num_workers: int = 0
+    seed: int = 42
+    disable_tqdm: bool = False
+    logging_steps: int = 10
+    report_to: Any = "none"
+    output_dir: str | Path | None = None
+    save_strategy: Literal["epoch", "steps", "no"] = "epoch"
+    save_steps: int = 500
+    save_total_limit: int | None = None
+    load_best_model_at_end: bool = False
+    metric_for_best_model: Literal["accuracy", "loss"] = "accuracy"
+    early_stopping_patience: int | None = None
+    trunk_cache: str | Path | None = None
+    trunk_cache_dtype: CacheType = "bfloat16"
+    trunk_cache_max_gb: float | None = None
+    trunk_cache_versions: int = 1
+
+    def __post_init__(self) -> None:
+        if self.mixed_precision is None:
+            object.__setattr__(self, "mixed_precision", os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+        for name, (expected, holds) in _RULES.items():
+            value = getattr(self, name)
+            if not holds(value) and not (value is None and name in _OPTIONAL):
+                raise ConfigError(f"{name}: got {value!r}, expected {expected}")
+
+    def for_mode(self, masked: bool) -> TrainingConfig:
+        """The same settings, with those that were left to the mode filled in."""
+        recipe = RECIPES["masked" if masked else "unmasked"]
+        return replace(self, **{name: value for name, value in recipe.items() if getattr(self, name) is None})

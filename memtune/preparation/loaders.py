@@ -1,0 +1,145 @@
+"""What a training run and an evaluation make before their first batch: an accelerator, and loaders of batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..data import Augmentation, Collator, Mixing, as_items, mixing
+from ..errors import ConfigError
+from ..models import TunedModel
+from ..trunk_cache import CacheSettings, cached_dataset
+from .config import TrainingConfig
+from .distribution import settle
+
+
+def make_accelerator(config: TrainingConfig, *, tracking: bool = False) -> Accelerator:
+    """An accelerator for the settings; `tracking` with the trackers that they name.
+
+    Raises:
+        ConfigError: A tracker is unknown or not installed; or what the launcher asks for is (DeepSpeed), or shards or
+            casts parameters in a way that views cannot follow.
+    """
+    # Accelerate keeps the precision of a process's first accelerator, and refuses another one.
+    kept = AcceleratorState._shared_state
+    if kept.get("_mixed_precision", config.mixed_precision) != config.mixed_precision:
+        if kept["distributed_type"] == DistributedType.FSDP:  # which a new state would not find again
+            kept["_mixed_precision"] = config.mixed_precision
+        else:
+            AcceleratorState._reset_state()
+    trackers: Any = config.report_to if tracking and config.report_to not in ("none", None, []) else None
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=trackers,
+            project_dir=config.output_dir,
+        )
+    except (ValueError, ImportError) as error:
+        told = f"report_to: got {config.report_to!r}" if trackers else "Accelerate cannot start as it was launched"
+        raise ConfigError(f"{told}: {error}") from error
+    settle(accelerator, config)
+    wanted = len(trackers) if isinstance(trackers, (list, tuple)) else int(trackers is not None)
+    if len(accelerator.log_with) < wanted and "all" not in trackers:
+        raise ConfigError(
+            f"report_to: got {config.report_to!r}, of which Accelerate found {accelerator.log_with}; install the others"
+        )
+    return accelerator
+
+
+def release(accelerator: Accelerator, prepared: nn.Module) -> None:
+    """Take off a model what Accelerate put on it, with the mark that keeps the next accelerator from preparing it."""
+    model = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    for name in ("forward", "_is_accelerate_prepared"):
+        model.__dict__.pop(name, None)
+
+
+def make_loader(
+    model: TunedModel,
+    dataset: Any,
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    *,
+    order: torch.Generator | None = None,
+    augment: Augmentation | None = None,
+) -> DataLoader:
+    """Batches of a data set (see `memtune.fit`), or of what a trunk cache has of it.
+
+    Args:
+        model: The model that they are for.
+        dataset: The images and labels.
+        config: The settings.
+        accelerator: What fills the cache.
+        order: To train: what gives each epoch a new order. None to evaluate, in the data set's own order.
+        augment: What changes the images; None for nothing, as always to evaluate.
+    """
+    items = as_items(dataset, model.processor, config.image_size, config.on_error, augment)
+    collator: Any = Collator(len(model.task.labels))
+    if config.trunk_cache is not None:
+        versions = 1 if augment is None else int(config.trunk_cache_versions)
+        items, collator = cached_dataset(model, items, cache_settings(config), accelerator, versions=versions)
+    return DataLoader(
+        items,
+        batch_size=config.per_device_eval_batch_size if order is None else config.per_device_train_batch_size,
+        shuffle=order is not None,
+        generator=order,
+        collate_fn=collator,
+        num_workers=config.dataloader_num_workers,
+    )
+
+
+def make_augmentation(config: TrainingConfig) -> Augmentation | None:
+    """What augments the images of training; None if the settings ask for nothing.
+
+    From a trunk cache all seeds get the same versions, so that they share it.
+
+    Raises:
+        ConfigError: torchvision is not installed, or the settings of RandAugment and the trunk cache do not fit.
+    """
+    versions = config.trunk_cache_versions
+    if versions > 1 and not (config.randaugment_ops and config.trunk_cache):
+        raise ConfigError(
+            f"trunk_cache_versions: got {versions}, but only a trunk cache with RandAugment holds several; set "
+            "trunk_cache and randaugment_ops, or leave it out"
+        )
+    if not config.randaugment_ops:
+        return None
+    if config.trunk_cache is not None and versions == 1:
+        raise ConfigError(
+            "randaugment_ops: a trunk cache computes each image once; say how many versions of each it shall hold by "
+            "trunk_cache_versions, such as 4, or leave one of them out"
+        )
+    seed = config.seed if config.trunk_cache is None else 0
+    return Augmentation(int(config.randaugment_ops), int(config.randaugment_magnitude), seed)
+
+
+def make_mixing(config: TrainingConfig, classes: int) -> Mixing | None:
+    """What mixes the batches in training; None if the settings ask for nothing.
+
+    Raises:
+        ConfigError: torchvision is not installed, or the images are not there to be mixed.
+    """
+    if config.trunk_cache is not None and (config.mixup_alpha or config.cutmix_alpha):
+        raise ConfigError("mixup_alpha, cutmix_alpha: a trunk cache has no images to mix; leave it or them out")
+    return mixing(classes, mixup_alpha=config.mixup_alpha, cutmix_alpha=config.cutmix_alpha)
+
+
+def cache_settings(config: TrainingConfig) -> CacheSettings:
+    """The settings of a run's trunk cache."""
+    assert config.trunk_cache is not None
+    return CacheSettings(
+        folder=config.trunk_cache,
+        dtype=config.trunk_cache_dtype,
+        max_gb=config.trunk_cache_max_gb,
+        precision=config.mixed_precision or "no",
+        interpolate=config.image_size is not None,
+        batch_size=config.per_device_train_batch_size,
+        workers=config.dataloader_num_workers,
+        quiet=config.disable_tqdm,
+    )

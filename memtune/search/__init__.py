@@ -1,0 +1,4 @@
+"""The search for settings."""
+
+from .result import SweepResult as SweepResult
+from .sweeping import sweep as sweep

@@ -1,0 +1,283 @@
+"""The adapter folder: written at once, read with every doubt named.
+
+    adapter_config.json         format version, methods and settings, mode, labels (an adapter without a head has none),
+                                the backbone and its fingerprint; where the head is the backbone's, "head": "backbone"
+                                and a fingerprint of it
+    adapter_model.safetensors   the tensors, under role keys such as `blocks.3.memory`
+    preprocessor_config.json    the image processor, if there is one
+    README.md                   the card
+
+It is data: JSON and safetensors, no pickle and no code.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..backbones import Backbone, fingerprint, head_fingerprint, same_weights
+from ..errors import BackboneMismatchError, CheckpointError, ConfigError
+from ..methods import AdapterConfig, read_config
+from ..tasks import Task
+from .atomic import current, replace_files
+from .card import CardDetails, write_card
+from .processors import PROCESSOR_NAME, read_processor, save_processor
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+CARD_NAME = "README.md"
+
+BACKBONE_HEAD = "backbone"
+"""What `head` says where it is the backbone's own."""
+
+UPGRADES: dict[int, Callable[[dict[str, Any], dict[str, Tensor]], None]] = {}
+"""For each earlier format version what makes the next one of it: it changes configuration and tensors in place."""
+
+_SHAPES = ("family", "depth", "widths", "heads", "patch_size", "channels")
+"""What an adapter's shapes and meaning hang on; the image size may differ, as positions can be interpolated."""
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """What an adapter folder says.
+
+    Attributes:
+        path: The folder.
+        configs: The settings of each method.
+        masked: Whether the adapter was trained in the task stream.
+        labels: Names of the classes, in the order of the logits; none if the adapter has no head.
+        extends: Digests of the earlier tasks that the adapter reads, by the names they had.
+        backbone: The backbone's description, `name_or_path`, `model_class` and `fingerprint` among it.
+        tensors: The trained tensors under their role keys.
+        processor: The image processor, or None.
+        backbone_head: Whether the backbone's own head reads the adapted tower.
+    """
+
+    path: Path
+    configs: list[AdapterConfig]
+    masked: bool
+    labels: list[str]
+    extends: dict[str, str]
+    backbone: dict[str, Any]
+    tensors: dict[str, Tensor]
+    processor: Any
+    backbone_head: bool
+
+
+def write_folder(
+    folder: str | Path,
+    task: Task,
+    model: PreTrainedModel,
+    processor: Any,
+    name: str | None = None,
+    details: CardDetails | None = None,
+) -> None:
+    """Save a task as an adapter folder; files of the same names are replaced all at once.
+
+    Args:
+        folder: Where to; made if it is not there. Other files in it are left alone.
+        task: What was trained.
+        model: The backbone it was trained on.
+        processor: The image processor, or None.
+        name: The backbone's name to record in place of the one that it was loaded by; "" for none.
+        details: What the card says beyond the adapter.
+
+    Raises:
+        CheckpointError: The path is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"got {folder}, which is a file; an adapter is saved as a folder")
+    backbone = Backbone(model)
+    config = {
+        "format_version": FORMAT_VERSION,
+        "methods": [config.to_dict() for config in task.configs],
+        "masked": task.masked,
+        "labels": task.labels,
+        "extends": {name: earlier.digest() for name, earlier in task.extends.items()},
+        "processor": processor is not None,
+        "backbone": {
+            "name_or_path": model.name_or_path if name is None else name,
+            "model_class": type(model).__name__,
+            **backbone.describe(),
+            "fingerprint": fingerprint(backbone),
+        },
+    }
+    if task.backbone_head:
+        config["head"] = BACKBONE_HEAD
+        config["backbone"]["head_fingerprint"] = head_fingerprint(backbone)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in task.tensors().items()}
+    with replace_files(folder) as staging:
+        (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        safetensors.torch.save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
+        (staging / CARD_NAME).write_text(write_card(config, tensors, details), encoding="utf-8")
+        if processor is not None:
+            save_processor(processor, staging)
+    if processor is None:
+        (folder / PROCESSOR_NAME).unlink(missing_ok=True)
+
+
+def read_folder(folder: str | Path) -> AdapterFolder:
+    """Read and check an adapter folder.
+
+    Raises:
+        CheckpointError: The folder, a file of it or an entry is missing, damaged or of an unknown format.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"got {str(folder)!r}, which is no folder; expected one with {CONFIG_NAME} and {WEIGHTS_NAME}"
+        )
+    missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not current(folder, name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} is no adapter folder: {' and '.join(missing)} not found")
+    config, version = _read_json(current(folder, CONFIG_NAME))
+    try:
+        tensors = safetensors.torch.load_file(current(folder, WEIGHTS_NAME))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS_NAME} is damaged or cut short: {error}") from error
+    for earlier in range(version, FORMAT_VERSION):
+        UPGRADES[earlier](config, tensors)
+    _check_entries(config, current(folder, CONFIG_NAME))
+    configs = _read_methods(config, folder)
+    processor = _read_processor(folder) if config["processor"] else None
+    return AdapterFolder(
+        folder,
+        configs,
+        config["masked"],
+        config["labels"],
+        config["extends"],
+        config["backbone"],
+        tensors,
+        processor,
+        config.get("head") == BACKBONE_HEAD,
+    )
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], int]:
+    """The configuration, and its format version: one that this file can read."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if not isinstance(version, int):
+        raise CheckpointError(f"{path} has no format_version: it was not written by memtune")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}, this memtune reads up to {FORMAT_VERSION}; update memtune to read it"
+        )
+    if version < min(UPGRADES, default=FORMAT_VERSION):
+        raise CheckpointError(f"{path} has format version {version}, which no memtune wrote")
+    return config, version
+
+
+def _check_entries(config: Mapping[str, Any], path: Path) -> None:
+    """Raise `CheckpointError` unless every entry of the configuration has the right type."""
+    expected = {"methods": list, "masked": bool, "labels": list, "extends": dict, "processor": bool, "backbone": dict}
+    for name, kind in expected.items():
+        if not isinstance(config.get(name), kind):
+            raise CheckpointError(f"{path}: {name} is {config.get(name)!r}, expected a {kind.__name__}")
+    if "head" in config and (config["head"] != BACKBONE_HEAD or config["labels"]):
+        raise CheckpointError(
+            f"{path}: head is {config['head']!r}, with {len(config['labels'])} labels; expected {BACKBONE_HEAD!r}, "
+            "with none"
+        )
+
+
+def _read_methods(config: Mapping[str, Any], folder: Path) -> list[AdapterConfig]:
+    try:
+        return [read_config(values) for values in config["methods"]]
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{folder / CONFIG_NAME}: {error}") from error
+
+
+def _read_processor(folder: Path) -> Any:
+    path = current(folder, PROCESSOR_NAME)
+    try:
+        return read_processor(path.parent)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is missing or damaged: {error}") from error
+
+
+def make_task(folder: AdapterFolder, backbone: Backbone, known: Mapping[str, Task] | None = None) -> Task:
+    """The task that an adapter folder holds.
+
+    Args:
+        folder: What the folder says.
+        backbone: The backbone, which has been checked.
+        known: Tasks that the adapter may extend.
+
+    Raises:
+        CheckpointError: The tensors do not fit, or a task that the adapter extends is missing.
+    """
+    by_digest = {task.digest(): task for task in (known or {}).values()} if folder.extends else {}
+    if missing := [name for name, digest in folder.extends.items() if digest not in by_digest]:
+        raise CheckpointError(
+            f"{folder.path} extends the tasks {missing}, as they were when it was trained: combine it with them, after "
+            "them, in one model"
+        )
+    earlier = {name: copy.deepcopy(by_digest[digest]) for name, digest in folder.extends.items()}
+    task = Task(folder.configs, folder.labels, backbone, folder.masked, earlier, backbone_head=folder.backbone_head)
+    task.load_tensors(folder.tensors)
+    return task
+
+
+def check_backbone(
+    folder: AdapterFolder, backbone: Backbone, *, any_weights: bool = False, own: Mapping[str, str] | None = None
+) -> None:
+    """Compare a backbone with the one that an adapter was trained on.
+
+    Args:
+        folder: The adapter.
+        backbone: The backbone to use it on.
+        any_weights: Accept other weights of the same shapes.
+        own: The backbone's fingerprint, where it has been taken already.
+
+    Raises:
+        BackboneMismatchError: It is another one; every difference is named.
+    """
+    described, recorded, trained_on = backbone.describe(), folder.backbone, folder.backbone.get("name_or_path")
+    differences = [
+        f"{name}: got {described[name]}, expected {recorded.get(name)}"
+        for name in _SHAPES
+        if described[name] != recorded.get(name)
+    ]
+    if differences:
+        raise BackboneMismatchError(
+            f"the adapter {folder.path} was trained on {trained_on!r}, a backbone of another shape:\n  "
+            + "\n  ".join(differences)
+        )
+    if not any_weights and not same_weights(recorded.get("fingerprint", {}), own or fingerprint(backbone)):
+        raise BackboneMismatchError(
+            f"the adapter {folder.path} was trained on {trained_on!r}; the backbone given has the same shape but other "
+            "weights. Load the recorded one, or pass any_weights=True if you know what you do"
+        )
+    if folder.backbone_head:
+        _check_head(folder, backbone, any_weights)
+
+
+def _check_head(folder: AdapterFolder, backbone: Backbone, any_weights: bool) -> None:
+    """Raise `BackboneMismatchError` unless the backbone has the head that the adapter was trained before."""
+    name, recorded = type(backbone.model).__name__, folder.backbone.get("model_class")
+    trained = f"the adapter {folder.path} was trained for the head of {folder.backbone.get('name_or_path')!r}"
+    if recorded not in [kind.__name__ for kind in type(backbone.model).__mro__]:
+        raise BackboneMismatchError(f"{trained}: got a {name}, expected a {recorded}")
+    own, other = head_fingerprint(backbone), folder.backbone.get("head_fingerprint")
+    if any_weights or (own is None and other is None):
+        return
+    if own is None or other is None or not same_weights(other, own):
+        raise BackboneMismatchError(
+            f"{trained}; the {name} given has the same backbone, but another head or other weights in it. Load the "
+            "recorded one, or pass any_weights=True if you know what you do"
+        )

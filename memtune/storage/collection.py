@@ -1,0 +1,130 @@
+"""The folder of a multi-task model: an adapter folder for each task, and an index of them.
+
+    multi_task_config.json      format version, and for each task its name and its folder, in the order of the tasks
+    README.md                   the card
+    <task>/...                  an adapter folder, which can also be used alone
+
+The index is replaced after the adapters, each of which is replaced at once: who reads in between has whole adapters.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from ..errors import CheckpointError
+from ..tasks import Task
+from .adapter_folder import CARD_NAME, write_folder
+from .atomic import current, replace_files
+from .card import public_name
+
+FORMAT_VERSION = 1
+INDEX_NAME = "multi_task_config.json"
+
+_NAME = re.compile(r"[\w-][\w.-]*")
+
+
+def write_collection(
+    folder: str | Path,
+    tasks: Mapping[str, Task],
+    model: PreTrainedModel,
+    processors: Mapping[str, Any],
+    name: str | None = None,
+) -> None:
+    """Save tasks as a folder of adapter folders.
+
+    Args:
+        folder: Where to; made if it is not there. Adapters of an earlier model there are replaced, other files are not.
+        tasks: The tasks, by name.
+        model: The backbone.
+        processors: The image processor of each task, or None.
+        name: The backbone's name to record in place of the one that it was loaded by.
+
+    Raises:
+        CheckpointError: The path is a file, or what is there is damaged.
+    """
+    folder = Path(folder)
+    before = set(read_index(folder).values()) if current(folder, INDEX_NAME).is_file() else set()
+    folders = _folder_names(tasks)
+    for task_name, task in tasks.items():
+        write_folder(folder / folders[task_name], task, model, processors.get(task_name), name)
+    index = {"format_version": FORMAT_VERSION, "tasks": folders}
+    with replace_files(folder) as staging:
+        (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (staging / CARD_NAME).write_text(_card(tasks, folders, name or model.name_or_path), encoding="utf-8")
+    for stale in before - set(folders.values()):
+        shutil.rmtree(folder / stale, ignore_errors=True)
+
+
+def _card(tasks: Mapping[str, Task], folders: Mapping[str, str], base_model: str | None) -> str:
+    """The card of the whole; each adapter has its own."""
+    base_model = public_name(base_model)
+    rows = [
+        f"| {name} | [`{folders[name]}`]({folders[name]}) | {' + '.join(task.methods) or 'head alone'} "
+        f"| {'masked' if task.masked else 'unmasked'} | {len(task.labels) or 'features'} |"
+        for name, task in tasks.items()
+    ]
+    data = ModelCardData(
+        base_model=base_model,
+        base_model_relation="adapter" if base_model else None,
+        library_name="memtune",
+        pipeline_tag="image-classification",
+        tags=["memtune", "multi-task"],
+    )
+    table = "\n".join(["| task | adapter | methods | mode | classes |", "| --- | --- | --- | --- | ---: |", *rows])
+    text = (
+        f"# {len(tasks)} tasks from one pass{f' of {base_model}' if base_model else ''}\n\nAdapters of "
+        f"[memtune](https://pypi.org/project/memtune/); `memtune.MultiTaskModel.from_pretrained` loads them all, "
+        f"`memtune.load(..., subfolder=...)` one.\n\n{table}\n"
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+
+
+def _folder_names(tasks: Iterable[str]) -> dict[str, str]:
+    """A folder name for each task, its own as far as it can be one."""
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for task in tasks:
+        plain = re.sub(r"[^\w.-]+", "-", task).strip(".-") or "task"
+        name, number = plain, 1
+        while name.lower() in taken:  # file systems may not tell upper from lower case
+            number += 1
+            name = f"{plain}-{number}"
+        taken.add(name.lower())
+        names[task] = name
+    return names
+
+
+def read_index(folder: str | Path) -> dict[str, str]:
+    """The folder of each task, by the task's name.
+
+    Raises:
+        CheckpointError: The index is missing, damaged, of a newer format, or leads out of the folder.
+    """
+    path = current(Path(folder), INDEX_NAME)
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        version, tasks = index["format_version"], index["tasks"]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} has no {INDEX_NAME}: it is no folder of a multi-task model") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version!r}, this memtune reads {FORMAT_VERSION}; update memtune to read it"
+        )
+    wrong = not isinstance(tasks, dict) or [each for each in tasks.values() if not _is_name(each)]
+    if wrong:
+        raise CheckpointError(f"{path}: tasks is {tasks!r}, expected the name of a folder for each task")
+    return tasks
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None

@@ -1,0 +1,22 @@
+"""What is trained for one task, and how one task or many answer: lanes over one pass of the trunk."""
+
+from .answering import answer_all as answer_all
+from .answering import answer_each as answer_each
+from .arrangement import Arrangement as Arrangement
+from .arrangement import Earlier as Earlier
+from .checks import check_images as check_images
+from .checks import check_label_names as check_label_names
+from .checks import check_label_range as check_label_range
+from .checks import check_labels as check_labels
+from .checks import check_task_names as check_task_names
+from .lanes import AdaptedLane as AdaptedLane
+from .lanes import Seen as Seen
+from .lanes import eager as eager
+from .merging import as_classifier as as_classifier
+from .merging import head_width as head_width
+from .merging import merge as merge
+from .merging import no_head_message as no_head_message
+from .merging import pad_head as pad_head
+from .plan import Plan as Plan
+from .plan import make_plan as make_plan
+from .task import Task as Task

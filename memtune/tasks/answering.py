@@ -1,0 +1,82 @@
+"""One pass over images for a choice of tasks: the trunk, and of each lane what is asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..streams import Trunk
+from .lanes import Lane, Seen, eager
+
+
+@dataclass
+class _Share:
+    """What a pass asks of one lane.
+
+    Attributes:
+        lane: The lane.
+        names: The tasks; where each image has its own, one for each of `places`.
+        places: The images that have one of the lane's tasks as their own; None where all images ask for all of `names`.
+        images: The same as a tensor, or None for all images.
+    """
+
+    lane: Lane
+    names: list[str]
+    places: list[int] | None = None
+    images: Tensor | None = None
+
+
+@torch.no_grad()
+@eager
+def answer_all(
+    trunk: Trunk, lanes: Sequence[Lane], pixel_values: Tensor, names: Sequence[str], *, interpolate: bool
+) -> tuple[dict[str, Tensor], Any]:
+    """The logits (batch, classes), or features, of some tasks by name; and the backbone's own output."""
+    shares = [_Share(lane, own) for lane in lanes if (own := [name for name in names if name in lane.numbers])]
+    seen, base = _see(trunk, shares, pixel_values, interpolate)
+    answers: dict[str, Tensor] = {}
+    for share in shares:
+        answers |= share.lane.all(seen, share.names)
+    return answers, base
+
+
+@torch.no_grad()
+@eager
+def answer_each(
+    trunk: Trunk, lanes: Sequence[Lane], pixel_values: Tensor, names: Sequence[str], *, interpolate: bool
+) -> tuple[list[Tensor], Any]:
+    """The logits (1, classes), or features, of each image by its own task; and the backbone's own output."""
+    shares = []
+    for lane in lanes:
+        if places := [place for place, name in enumerate(names) if name in lane.numbers]:
+            images = None if len(places) == len(names) else torch.tensor(places, device=pixel_values.device)
+            shares.append(_Share(lane, [names[place] for place in places], places, images))
+    seen, base = _see(trunk, shares, pixel_values, interpolate)
+    answers: dict[int, Tensor] = {}
+    for share in shares:
+        assert share.places is not None
+        own = seen if share.images is None else seen.images(share.images)
+        answers |= zip(share.places, share.lane.each(own, share.names), strict=True)
+    return [answers[place] for place in range(len(names))], base
+
+
+@eager
+def _see(trunk: Trunk, shares: Sequence[_Share], pixel_values: Tensor, interpolate: bool) -> tuple[Seen, Any]:
+    """Run the trunk, with the streams that can go along with it."""
+    followers = {}
+    for share in shares:
+        follower = share.lane.follow(
+            share.names, by_row=share.places is not None, images=share.images, device=pixel_values.device
+        )
+        if follower is not None:
+            followers[share.lane] = follower
+    keep = any(share.lane.reads_trunk and share.lane not in followers for share in shares)
+    with trunk.followers.along(list(followers.values()), keep=keep):
+        current, base = trunk.answer(pixel_values, interpolate_pos_encoding=interpolate)
+    found = {lane: follower.features() for lane, follower in followers.items()}
+    followed = {lane: features for lane, features in found.items() if features is not None}
+    return Seen(pixel_values, current, interpolate, followed), base

@@ -1,0 +1,100 @@
+"""How several tasks are arranged over one pass of the trunk: which of them share a lane, and what each starts from.
+
+- tasks of masked mode share one task stream, their tokens side by side;
+- tasks of unmasked mode that first change the same block share an adapted stream that starts there, their images one
+  after the other;
+- a task that only has a head reads the trunk's own feature;
+- a task of a method that cannot be stacked has a lane of its own, and so has one that extends others;
+- tasks without a head, which give features, have lanes of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..backbones import Backbone
+from ..streams import Pass, Selection, Trunk, extended
+from .lanes import AdaptedLane, HeadLane, Lane, MaskedLane, Seen
+from .task import Task
+
+
+class Earlier:
+    """Earlier tasks that a task extends: it reads what their tokens and memory are made of, as it reads the trunk.
+
+    "Extension" in table 1 of https://arxiv.org/abs/2203.15243; the earlier tasks do not know of the later one.
+
+    Args:
+        backbone: The backbone.
+        tasks: The earlier tasks, by name.
+    """
+
+    def __init__(self, backbone: Backbone, tasks: Mapping[str, Task]) -> None:
+        self._lanes = [lane for lane in make_lanes(backbone, tasks) if isinstance(lane, MaskedLane)]
+
+    @torch.no_grad()
+    def extend(self, seen: Seen) -> Pass:
+        """The pass of the trunk as a task sees it that extends these."""
+        trunk = seen.current.trunk
+        for lane in self._lanes:
+            trunk = [extended(block, further) for block, further in zip(trunk, lane.record(seen), strict=True)]
+        return replace(seen.current, trunk=trunk)
+
+
+def first_changed_block(task: Task, backbone: Backbone) -> int:
+    """The first block whose states an unmasked task changes; the backbone's depth if it changes none."""
+    changed = [block for adapter in task.adapters for block in adapter.changed_blocks(backbone)]
+    if task.class_token is not None or not backbone.starts_later:
+        return 0
+    return min(changed, default=backbone.depth)
+
+
+def make_lanes(backbone: Backbone, tasks: Mapping[str, Task]) -> list[Lane]:
+    """The lanes for tasks, in the order of computation."""
+    groups: dict[Any, dict[str, Task]] = {}
+    for name, task in tasks.items():
+        first = None if task.masked else first_changed_block(task, backbone)
+        own = None if task.stackable and not task.extends else name
+        groups.setdefault((first, own, task.head is None), {})[name] = task
+    return [_make_lane(backbone, group, first) for (first, *_), group in groups.items()]
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """What a pass over several tasks runs.
+
+    Attributes:
+        trunk: What all of them read: it keeps the states that adapted streams start from.
+        lanes: The lanes, in the order of computation.
+        tasks: The tasks, by name.
+    """
+
+    trunk: Trunk
+    lanes: list[Lane]
+    tasks: dict[str, Task]
+
+    @classmethod
+    def of(cls, backbone: Backbone, tasks: Mapping[str, Task], before: Arrangement | None = None) -> Arrangement:
+        """The arrangement of tasks.
+
+        Args:
+            backbone: The backbone.
+            tasks: The tasks, by name.
+            before: An arrangement on the backbone that there is already; its trunk is taken if it will do, so that what
+                `torch.compile` made of it is not made again.
+        """
+        lanes = make_lanes(backbone, tasks)
+        starts = {lane.first_block for lane in lanes if isinstance(lane, AdaptedLane)} - {0}
+        if before is not None and before.trunk.keep_states == starts:
+            return cls(before.trunk, lanes, dict(tasks))
+        return cls(Trunk(backbone, keep_states=starts), lanes, dict(tasks))
+
+
+def _make_lane(backbone: Backbone, tasks: Mapping[str, Task], first_block: int | None) -> Lane:
+    if first_block is None:
+        extends = next(iter(tasks.values())).extends  # whoever extends others is alone
+        return MaskedLane(backbone, tasks, Earlier(backbone, extends).extend if extends else None)
+    return HeadLane(tasks, Selection()) if first_block == backbone.depth else AdaptedLane(backbone, tasks, first_block)

@@ -1,0 +1,100 @@
+"""Checks of what a model is given, each with an error that says what was got and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backbones import Backbone
+from ..errors import ConfigError, InputError
+
+_WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_images(images: Any, backbone: Backbone, *, interpolate: bool) -> Tensor:
+    """Give images back that a backbone takes.
+
+    Args:
+        images: Expected: a float tensor (batch, channels, height, width).
+        backbone: The backbone; its channels and, unless it takes any, its image size are expected.
+        interpolate: Whether its position embeddings will be interpolated to any size.
+
+    Raises:
+        InputError: They are something else.
+    """
+    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
+        raise InputError(
+            f"pixel_values: got {_describe(images)}, expected a float tensor (batch, channels, height, width)"
+        )
+    if images.shape[1] != backbone.channels:
+        raise InputError(f"pixel_values: got {images.shape[1]} channels, expected {backbone.channels}")
+    height, width = backbone.image_size
+    if not (backbone.family.any_size or interpolate or tuple(images.shape[2:]) == (height, width)):
+        raise InputError(
+            f"pixel_values: got {images.shape[2]} x {images.shape[3]} pixels, expected {height} x {width}; "
+            "let the processor resize the images, or pass interpolate_pos_encoding=True"
+        )
+    if problem := backbone.family.refuses_size(backbone.tower, images.shape[2], images.shape[3]):
+        raise InputError(f"pixel_values: got {images.shape[2]} x {images.shape[3]} pixels, {problem}")
+    return images
+
+
+def check_labels(labels: Any, batch: int, classes: int) -> None:
+    """Raise `InputError` unless `labels` are the class indices of a batch, (batch,).
+
+    On an accelerator their range is left unchecked, as a look at it would wait for the device; `memtune.fit` checks it
+    before the batch is moved there.
+    """
+    if not isinstance(labels, Tensor) or labels.dtype not in _WHOLE_NUMBERS or tuple(labels.shape) != (batch,):
+        raise InputError(f"labels: got {_describe(labels)}, expected a tensor of {batch} class indices")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_label_range(labels, classes)
+
+
+def check_label_range(labels: Tensor, classes: int) -> None:
+    """Raise `InputError` if a label is not the index of a class (-100, which the loss ignores, is allowed)."""
+    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != -100)]
+    if wrong.numel():
+        raise InputError(f"labels: got {sorted(set(wrong.tolist()))}, expected class indices from 0 to {classes - 1}")
+
+
+def check_label_names(labels: Sequence[str] | None, num_labels: int | None) -> list[str]:
+    """The names of a task's classes, from the names or their number.
+
+    Raises:
+        ConfigError: They are not names, not distinct, of another number, or neither is given.
+    """
+    if labels is None:
+        if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
+            raise ConfigError(f"num_labels: got {num_labels!r}; give labels=[...], or their number, 1 or more")
+        return [f"LABEL_{index}" for index in range(num_labels)]
+    names = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else []
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"labels: got {labels!r}, expected a sequence of class names")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"labels: {sorted({name for name in names if names.count(name) > 1})} stand there twice")
+    if num_labels not in (None, len(names)):
+        raise ConfigError(f"num_labels: got {num_labels}, but labels has {len(names)} names; give one of the two")
+    return names
+
+
+def check_task_names(what: str, names: Any, known: Collection[str], *, once: bool = True) -> None:
+    """Raise unless `names` are names of tasks that a model has; each `once`, or else any number of times.
+
+    Raises:
+        InputError: It is no sequence of names, or names a task twice.
+        ConfigError: A task is unknown.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise InputError(f"{what}: got {names!r}, expected a sequence of the names of tasks")
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"{what}: got the unknown tasks {unknown}; this model has {list(known)}")
+    if once and len(set(names)) < len(names):
+        raise InputError(f"{what}: got {list(names)}, which names a task twice")
+
+
+def _describe(value: Any) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

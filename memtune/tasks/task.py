@@ -1,0 +1,226 @@
+"""What is trained for one task: the adapters of its methods, its class token, its head; and its labels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones import TOWERS, Backbone
+from ..errors import CheckpointError, ConfigError, UnsupportedBackboneError
+from ..methods import Adapter, AdapterConfig, create_adapter, find_method
+from ..streams import AdaptedStream, TaskStream
+
+HEAD_STD = 0.02
+"""Standard deviation of a new head's weights, as in transformers' vision models."""
+
+
+class Task(nn.Module):
+    """The parameters of one task.
+
+    Attributes:
+        adapters: One adapter for each method.
+        labels: Names of the classes; none if the task has no head.
+        head: What makes logits of features, or None.
+        masked: Whether the task runs in a task stream.
+        extends: Earlier tasks, by name, that the task reads.
+        backbone_head: Whether the backbone's own head reads the adapted tower.
+
+    Args:
+        configs: One configuration for each method.
+        labels: Names of the classes, in the order of the logits; none for a task without a head.
+        backbone: The backbone to adapt.
+        masked: Whether the task runs in a task stream.
+        extends: Earlier tasks, by name, whose tokens and memory the task reads in its stream.
+        backbone_head: Whether the backbone's own head reads the adapted tower (unmasked; the task has no labels).
+
+    Raises:
+        ConfigError: The methods do not go together, or a setting does not fit the backbone.
+        UnsupportedBackboneError: The backbone lacks what the mode or a method asks for.
+    """
+
+    def __init__(
+        self,
+        configs: Sequence[AdapterConfig],
+        labels: Sequence[str],
+        backbone: Backbone,
+        masked: bool,
+        extends: Mapping[str, Task] | None = None,
+        *,
+        backbone_head: bool = False,
+    ) -> None:
+        super().__init__()
+        if backbone_head:
+            _check_backbone_head(backbone, masked)
+        _check_backbone(configs, backbone, masked, images_alone=not backbone_head)
+        self.backbone_head = backbone_head
+        self.extends = dict(extends or {})  # no submodules: they are other tasks' to train, save and count
+        self.labels = list(labels)
+        self.masked = masked
+        adapters = nn.ModuleList(create_adapter(config.for_mode(masked), backbone) for config in configs)
+        self.adapters = cast("Sequence[Adapter]", adapters)
+        self.class_token = self._create_class_token(configs, backbone)
+        self.head = _create_head(backbone.width, len(self.labels)) if self.labels else None
+        twice = [key for key, count in Counter(self._keys()).items() if count > 1]
+        if twice:
+            raise ConfigError(
+                f"two of the methods {self.methods} own the same parameters, such as {twice[0]}; leave one out"
+            )
+
+    def _create_class_token(self, configs: Sequence[AdapterConfig], backbone: Backbone) -> nn.Parameter | None:
+        own = backbone.class_token
+        if own is not None and (self.masked or any(config.trains_class_token() for config in configs)):
+            return nn.Parameter(own.detach().clone().float())
+        return nn.Parameter(torch.randn(1, 1, backbone.width) * HEAD_STD) if self.masked else None
+
+    @property
+    def configs(self) -> list[AdapterConfig]:
+        """The settings of each method."""
+        return [adapter.config for adapter in self.adapters]
+
+    @property
+    def methods(self) -> list[str]:
+        """The names of the methods."""
+        return [config.method for config in self.configs]
+
+    @property
+    def stackable(self) -> bool:
+        """Whether it can share a stream with other tasks."""
+        return all(adapter.stackable for adapter in self.adapters)
+
+    def _keys(self) -> list[str]:
+        return [key for adapter in self.adapters for key in adapter.state_dict()]
+
+    def attach(self, stream: AdaptedStream | TaskStream) -> None:
+        """Make a stream use this task's adapters."""
+        for adapter in self.adapters:
+            adapter.attach(stream)
+        if self.class_token is not None and not stream.masked:
+            stream.view.set_class_token(self.token)
+
+    def token(self) -> Tensor:
+        """The class token, (1, 1, width).
+
+        Raises:
+            RuntimeError: The task has none of its own.
+        """
+        if self.class_token is None:
+            raise RuntimeError("this task uses the backbone's class token")
+        # Detached where no gradient is recorded, as a view of a parameter says that it requires one all the same.
+        token = self.class_token if torch.is_grad_enabled() else self.class_token.detach()
+        return token.view(1, 1, -1)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Task:
+        for task in self.extends.values():
+            task._apply(*arguments, **options)
+        return super()._apply(*arguments, **options)
+
+    def digest(self) -> str:
+        """A digest of the trained values, as hexadecimal digits: equal for equal ones."""
+        digest = hashlib.sha256()
+        for key, tensor in sorted(self.tensors().items()):
+            digest.update(f"{key} {tuple(tensor.shape)} ".encode() + tensor.cpu().float().numpy().tobytes())
+        return digest.hexdigest()
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits (batch, classes) of features (batch, width)."""
+        head = self.require_head("logits")
+        return head(features.to(head.weight.dtype))
+
+    def require_head(self, what: str) -> nn.Linear:
+        """The head.
+
+        Args:
+            what: What needs it, for the error.
+
+        Raises:
+            ConfigError: The task has none.
+        """
+        if self.head is None:
+            given = "'backbone': it gives the backbone's output" if self.backbone_head else "None: it gives features"
+            raise ConfigError(f"{what}: this adapter was wrapped with head={given}, and has no head and no labels")
+        return self.head
+
+    def penalty(self) -> Tensor | None:
+        """What the methods add to the loss in training, a single number, or None."""
+        penalties = [adapter.penalty() for adapter in self.adapters]
+        given = [penalty for penalty in penalties if penalty is not None]
+        return torch.stack(given).sum() if given else None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every trained tensor under its role key: `blocks.3.memory`, `class_token`, `head.weight` ..."""
+        tensors = {key: tensor for adapter in self.adapters for key, tensor in adapter.state_dict().items()}
+        own = {} if self.class_token is None else {"class_token": self.class_token}
+        own |= {} if self.head is None else {"head.weight": self.head.weight, "head.bias": self.head.bias}
+        return tensors | {key: tensor.detach() for key, tensor in own.items()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `tensors` gave.
+
+        Raises:
+            CheckpointError: Tensors are missing, unexpected, misshapen or not finite; all of them are named, and
+                nothing has been changed.
+        """
+        own = self.tensors()
+        problems = [f"missing: {key}" for key in own if key not in tensors]
+        problems += [f"unexpected: {key}" for key in tensors if key not in own]
+        for key in own.keys() & tensors.keys():
+            if tensors[key].shape != own[key].shape:
+                problems.append(f"{key}: got the shape {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}")
+            elif not torch.isfinite(tensors[key]).all():
+                problems.append(f"{key}: has values that are not finite")
+        if problems:
+            raise CheckpointError("the tensors do not fit the adapter:\n  " + "\n  ".join(sorted(problems)))
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(tensors[key])
+
+
+def _create_head(width: int, classes: int) -> nn.Linear:
+    head = nn.Linear(width, classes)
+    nn.init.normal_(head.weight, std=HEAD_STD)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def _check_backbone_head(backbone: Backbone, masked: bool) -> None:
+    name = type(backbone.model).__name__
+    if masked:
+        raise UnsupportedBackboneError(
+            f"masked=True: got head='backbone', but in masked mode all that the head of {name} reads stays as it is; "
+            "the task has a single token, which makes no map. Use masked=False"
+        )
+    if backbone.family.hides_patches:
+        raise UnsupportedBackboneError(
+            f"head='backbone': got {name}, whose own head fills in patches that were hidden at random, and an adapted "
+            "tower hides none. Use head=None, or a head for labels"
+        )
+
+
+def _check_backbone(
+    configs: Sequence[AdapterConfig], backbone: Backbone, masked: bool, *, images_alone: bool = True
+) -> None:
+    family, name = backbone.family, type(backbone.model).__name__
+    if not family.attention_function:
+        needs = [config.method for config in configs if find_method(config.method).needs_attention_function]
+        reasons = ["masked=True"] * masked + [f"the method {method!r}" for method in needs]
+        if reasons:
+            raise UnsupportedBackboneError(
+                f"{' and '.join(reasons)}: got {name}, whose blocks compute attention themselves, without the function "
+                "of transformers' AttentionInterface, so their keys and values cannot be reached. Use masked=False and "
+                f"another method (approximated_prompts, lora), or a model with one of the towers {sorted(TOWERS)}"
+            )
+    if images_alone and not family.images_alone:
+        raise UnsupportedBackboneError(
+            f"got {name}, which takes text with its images, and this head reads images alone. Use head='backbone' and "
+            "call the model with both"
+        )
+    if masked and family.staged:
+        raise UnsupportedBackboneError(
+            f"masked=True: got {name}, whose blocks attend {family.staged}, in stages of several widths: no single "
+            "token can go along with all of them. Use masked=False, or a backbone with global attention"
+        )

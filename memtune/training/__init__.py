@@ -1,0 +1,9 @@
+"""Training on Accelerate: the loop, its checkpoints, and what others do at each step."""
+
+from .callbacks import TrainingCallback as TrainingCallback
+from .dynamic_freezing import SlimFit as SlimFit
+from .fitting import fit as fit
+from .result import TrainingResult as TrainingResult
+from .run_settings import check_same_run as check_same_run
+from .run_settings import describe_run as describe_run
+from .token_selection import TokenTune as TokenTune

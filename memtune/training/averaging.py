@@ -1,0 +1,96 @@
+"""Other values of a task than the last ones: their moving average, and those that were best in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..tasks import Task
+
+LARGER_IS_BETTER = {"accuracy": True, "loss": False}
+"""For each metric that a run can choose by."""
+
+
+class MovingAverage:
+    """The exponential moving average of what is trained.
+
+    Args:
+        task: The task.
+        decay: The share of itself that the average keeps at each step.
+    """
+
+    def __init__(self, task: Task, decay: float) -> None:
+        self._average: Any = AveragedModel(task, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def update(self, task: Task) -> None:
+        """Take the task's present values in; at first they are the average."""
+        self._average.update_parameters(task)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The average, as `Task.tensors` gives it."""
+        return self._average.module.tensors()
+
+    @contextmanager
+    def in_place(self, task: Task, whole: Callable[[], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:
+        """Within this context the task has the average in place of its own values.
+
+        Args:
+            task: The task.
+            whole: Makes a context within which the task's values can be read and written.
+        """
+        with whole():
+            own = {key: tensor.clone() for key, tensor in task.tensors().items()}
+            task.load_tensors(self.tensors())
+        try:
+            yield
+        finally:
+            with whole():
+                task.load_tensors(own)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes."""
+        return {"tensors": self.tensors(), "steps": int(self._average.n_averaged)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self._average.module.load_tensors(state["tensors"])
+        self._average.n_averaged.fill_(state["steps"])
+
+
+class BestValues:
+    """The values of a task that had the best evaluation so far.
+
+    Attributes:
+        tensors: The values, as `Task.tensors` gives them; None before the first evaluation.
+        waited: Evaluations since then.
+
+    Args:
+        metric: "accuracy" or "loss".
+    """
+
+    def __init__(self, metric: str) -> None:
+        self.tensors: dict[str, Tensor] | None = None
+        self.waited = 0
+        self._metric = metric
+        self._score: float | None = None
+
+    def update(self, scores: dict[str, float], task: Task) -> None:
+        """Take an evaluation in, and the task's values if it is the best one."""
+        score = scores[self._metric]
+        better = self._score is None or (score > self._score if LARGER_IS_BETTER[self._metric] else score < self._score)
+        self.waited = 0 if better else self.waited + 1
+        if better:
+            self._score = score
+            self.tensors = {key: tensor.detach().clone() for key, tensor in task.tensors().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes."""
+        return {"tensors": self.tensors, "waited": self.waited, "score": self._score}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.tensors, self.waited, self._score = state["tensors"], state["waited"], state["score"]

@@ -1,0 +1,96 @@
+"""One training loop on Accelerate: a CPU, a GPU or many, by how the program is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from ..errors import ConfigError
+from ..models import TunedModel
+from ..preparation import TrainingConfig, make_accelerator, sharded
+from ..trunk_cache import check_cacheable
+from .callbacks import TrainingCallback
+from .result import TrainingResult
+from .run import LossFunction, TrainingRun
+
+
+def fit(
+    model: TunedModel,
+    train_dataset: Any,
+    eval_dataset: Any = None,
+    config: TrainingConfig | None = None,
+    *,
+    compute_loss_func: LossFunction | None = None,
+    callbacks: Sequence[TrainingCallback] = (),
+    resume_from_checkpoint: bool | str | Path | None = None,
+) -> TrainingResult:
+    """Train a model's adapter.
+
+    Args:
+        model: The model; it is left in evaluation mode, on the device it was trained on (with FSDP and with stage 3 of
+            DeepSpeed's ZeRO where it was).
+        train_dataset: A `datasets.Dataset` with the columns `image` and `label`, which go through the model's
+            processor, or any indexable data set of `{"pixel_values": (channels, height, width), "labels": int}`.
+        eval_dataset: The same; evaluated after each epoch.
+        config: The settings.
+        compute_loss_func: The loss in training, `f(outputs, labels)`, in place of cross-entropy with label smoothing
+            and class weights; what the methods add to it is still added.
+        callbacks: What is to be done at each step.
+        resume_from_checkpoint: A folder `checkpoint-<step>` to go on from, or True for the last one in
+            `config.output_dir` (where there is none yet, the run starts at its beginning). On one process the run ends
+            with the values that it would have had without the interruption, bit for bit on a CPU, if a data set of
+            items gives the same one for the same index and epoch (told by `set_epoch`, where it has that).
+
+    Raises:
+        InputError: A data set, an image or a label is wrong.
+        ConfigError: The settings do not go together, or not with the checkpoint's run.
+        CheckpointError: The checkpoint is missing or damaged.
+    """
+    config = (config or TrainingConfig()).for_mode(model.task.masked)
+    _check(model, config, eval_dataset, resume_from_checkpoint)
+    set_seed(config.seed)
+    compute_loss = compute_loss_func or partial(
+        _cross_entropy,
+        label_smoothing=config.label_smoothing_factor or 0.0,
+        weights=None if config.class_weights is None else torch.tensor(config.class_weights, dtype=torch.float32),
+    )
+    accelerator = make_accelerator(config, tracking=True)
+    with sharded(accelerator, model) as trained:
+        run = TrainingRun(accelerator, trained, config, compute_loss, callbacks)
+        try:
+            run.prepare(train_dataset, eval_dataset, resume_from_checkpoint or False)
+            run.train()
+        finally:
+            run.close()
+    return run.result()
+
+
+def _check(model: TunedModel, config: TrainingConfig, eval_dataset: Any, resume: Any) -> None:
+    """Raise `ConfigError` if a setting needs what is not there."""
+    if config.trunk_cache is not None:
+        check_cacheable(model)
+    if eval_dataset is None and (config.load_best_model_at_end or config.early_stopping_patience):
+        raise ConfigError("load_best_model_at_end, early_stopping_patience: they go by evaluations; pass eval_dataset")
+    model.task.require_head("fit")
+    classes = len(model.task.labels)
+    if config.class_weights is not None and len(config.class_weights) != classes:
+        raise ConfigError(f"class_weights: got {len(config.class_weights)} weights, expected one for each of {classes}")
+    if resume and config.output_dir is None:
+        raise ConfigError("resume_from_checkpoint: set output_dir, where the run's checkpoints are")
+
+
+def _cross_entropy(
+    outputs: ImageClassifierOutput, labels: Tensor, label_smoothing: float, weights: Tensor | None
+) -> Tensor:
+    logits = outputs.logits
+    assert logits is not None
+    weights = None if weights is None else weights.to(logits.device)
+    return cross_entropy(logits, labels, weight=weights, label_smoothing=label_smoothing)

@@ -1,0 +1,305 @@
+"""One run of training: what Accelerate has prepared of it, how far it has come, and the loop over its steps."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import psutil
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from ..backbones import Backbone, fingerprint
+from ..evaluation import measure, run_batch
+from ..models import TunedModel
+from ..preparation import (
+    TrainingConfig,
+    average_gradients,
+    is_sharding,
+    make_augmentation,
+    make_loader,
+    make_mixing,
+    release,
+    shard,
+    whole,
+)
+from .averaging import BestValues, MovingAverage
+from .callbacks import TrainingCallback
+from .checkpoint import RunCheckpoints
+from .optimization import make_optimizer
+from .result import Progress, TrainingResult
+from .run_settings import describe_run
+
+logger = logging.getLogger(__name__)
+
+LossFunction: TypeAlias = Callable[[ImageClassifierOutput, Tensor], Tensor]
+"""The mean loss of a batch from the model's output, whose logits are float32, and the labels (batch,)."""
+
+
+class TrainingRun:
+    """One call of `fit`.
+
+    Args:
+        accelerator: Newly made for this run.
+        model: The model.
+        config: The settings, those of its mode filled in.
+        compute_loss: The loss.
+        callbacks: What is to be done at each step.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: TunedModel,
+        config: TrainingConfig,
+        compute_loss: LossFunction,
+        callbacks: Sequence[TrainingCallback],
+    ) -> None:
+        self.accelerator = accelerator
+        self.config = config
+        self.progress = Progress()
+        self._tuned = model
+        self._whole = partial(whole, accelerator, model.task)
+        self._compute_loss = compute_loss
+        self._callbacks = callbacks
+        self._begun: list[TrainingCallback] = []
+        self._average = None if config.ema_decay is None else MovingAverage(model.task, config.ema_decay)
+        self._augmentation = make_augmentation(config)
+        self._mixing = make_mixing(config, len(model.task.labels))
+        self._best = BestValues(config.metric_for_best_model)
+        self._checkpoints: RunCheckpoints | None = None
+        self._bar = tqdm(disable=True)
+        self._clock = time.perf_counter()
+
+    def prepare(self, train_dataset: Any, eval_dataset: Any, resume: bool | str | Path) -> None:
+        """Make loaders, optimizer and schedule, and go on from a checkpoint if there is one to go on from."""
+        config, accelerator, tuned = self.config, self.accelerator, self._tuned
+        weights = fingerprint(Backbone(tuned.backbone))  # now, while they are whole
+        self._order = torch.Generator().manual_seed(config.seed)
+        self.progress.order = self._order.get_state()
+        evaluation = None if eval_dataset is None else make_loader(tuned, eval_dataset, config, accelerator)
+        loader = make_loader(tuned, train_dataset, config, accelerator, order=self._order, augment=self._augmentation)
+        shard(accelerator, tuned)
+        prepared = accelerator.prepare(tuned, make_optimizer(tuned, config), loader)
+        self.model, self._optimizer, self._loader = prepared
+        self._eval_loader = None if evaluation is None else accelerator.prepare(evaluation)
+        self.steps = _total_steps(len(self._loader), config)
+        warmup = math.ceil(config.warmup_ratio * self.steps)
+        self._schedule = get_scheduler(config.lr_scheduler_type, self._optimizer, warmup, self.steps)
+        for callback in self._callbacks:
+            callback.on_train_begin(tuned)
+            self._begun.append(callback)
+        if config.output_dir is not None and (resume or config.save_strategy != "no"):
+            self._open_checkpoints(config.output_dir, len(train_dataset), weights, resume)
+        if accelerator.log_with:
+            plain = {each.name: getattr(config, each.name) for each in fields(config)}
+            kept = {name: value for name, value in plain.items() if isinstance(value, (bool, int, float, str))}
+            accelerator.init_trackers("memtune", config=kept)
+        quiet = config.disable_tqdm or not accelerator.is_main_process
+        # Not smoothed, so that the time left counts what evaluations and checkpoints take.
+        self._bar = tqdm(total=self.steps, initial=self.progress.step, smoothing=0, disable=quiet, unit="step")
+
+    def _open_checkpoints(self, folder: str | Path, images: int, weights: Any, resume: bool | str | Path) -> None:
+        settings = describe_run(
+            self._tuned,
+            self.config,
+            backbone=weights,
+            train_images=images,
+            processes=self.accelerator.num_processes,
+        )
+        self._checkpoints = RunCheckpoints(folder, self.accelerator, settings, self.config.save_total_limit)
+        place = self._checkpoints.find(resume)
+        if place is None:
+            return
+        state = self._checkpoints.load(place)
+        self.progress = Progress(**state["progress"])
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        if not self.accelerator.is_main_process:  # whose sums are those of all processes now
+            self.progress.sums, self.progress.log_sums = torch.zeros(2), torch.zeros(2)
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state of its own beside the progress and what Accelerate saves."""
+        parts: dict[str, Any] = {"schedule": self._schedule, "best": self._best}
+        parts |= {f"callback_{number}": callback for number, callback in enumerate(self._callbacks)}
+        return parts if self._average is None else parts | {"average": self._average}
+
+    def train(self) -> None:
+        """Train until the steps are done, or evaluations get no better; the model then has the values to keep."""
+        while self.progress.step < self.steps and not self._stops_early():
+            self.model.train()
+            self._train_epoch()
+        task = self._tuned.task
+        with self._whole():
+            if self.config.load_best_model_at_end and self._best.tensors is not None:
+                task.load_tensors(self._best.tensors)
+            elif self._average is not None and self.progress.step:
+                task.load_tensors(self._average.tensors())
+
+    def _stops_early(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return patience is not None and self._best.waited >= patience
+
+    def _train_epoch(self) -> None:
+        """Train until the data or the steps end, evaluate, and write it down."""
+        progress = self.progress
+        for batch in self._batches():
+            self._train_batch(batch)
+            progress.batches += 1
+            if self.accelerator.sync_gradients:
+                self._end_step()
+                if progress.step == self.steps:
+                    break
+        self._end_epoch()
+        if {"epoch": True, "steps": progress.step == self.steps, "no": False}[self.config.save_strategy]:
+            self._save()
+
+    def _batches(self) -> Iterable[dict[str, Any]]:
+        """The batches of the present epoch that are not done yet."""
+        self._order.set_state(self.progress.order)
+        self._loader.iteration = len(self.progress.history)  # the epoch, of which Accelerate tells the data set
+        done = self.progress.batches
+        return self.accelerator.skip_first_batches(self._loader, done) if done else self._loader
+
+    def _train_batch(self, batch: dict[str, Any]) -> None:
+        """Forward and backward over one batch, and the optimizer's step when enough of them have come."""
+        if self.accelerator.step % self.config.gradient_accumulation_steps == 0:
+            self._call("on_step_begin")
+        count = len(batch["labels"])
+        if self._mixing is not None:
+            batch["pixel_values"], batch["labels"] = self._mixing(batch["pixel_values"], batch["labels"])
+        with self.accelerator.accumulate(self.model):
+            loss = self._compute_loss(run_batch(self.model, batch, self.config), batch["labels"])
+            if (penalty := self._tuned.task.penalty()) is not None:
+                loss = loss + penalty
+            self.accelerator.backward(loss)
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            if self.accelerator.sync_gradients and is_sharding(self.accelerator):
+                average_gradients(self.accelerator, trained)
+            if self.accelerator.sync_gradients and self.config.max_grad_norm:
+                self.accelerator.clip_grad_norm_(trained, self.config.max_grad_norm)
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        added = torch.stack([loss.detach().float() * count, torch.tensor(float(count), device=loss.device)])
+        progress = self.progress
+        progress.sums = progress.sums.to(loss.device) + added
+        progress.log_sums = progress.log_sums.to(loss.device) + added
+
+    def _end_step(self) -> None:
+        progress = self.progress
+        if not self._optimizer.step_was_skipped:
+            self._schedule.step()
+            if self._average is not None:
+                with self._whole():
+                    self._average.update(self._tuned.task)
+        progress.step += 1
+        self._call("on_step_end")
+        self._bar.update()
+        if progress.step % self.config.logging_steps == 0:
+            self._log_step()
+        last = progress.step == self.steps  # which is saved after its evaluation
+        if self.config.save_strategy == "steps" and progress.step % self.config.save_steps == 0 and not last:
+            self._save()
+
+    def _log_step(self) -> None:
+        progress = self.progress
+        loss, images = self._reduce(progress.log_sums)
+        progress.log_sums = torch.zeros(2)
+        epoch = len(progress.history) + progress.batches / len(self._loader)
+        entry = {"step": progress.step, "epoch": epoch, "loss": loss / images, "learning_rate": self._learning_rate()}
+        progress.log_history.append(entry)
+        self.accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=progress.step)
+        self._bar.set_postfix({"epoch": f"{epoch:.2f}", "loss": f"{entry['loss']:.4g}"})
+
+    def _end_epoch(self) -> None:
+        progress = self.progress
+        loss, images = self._reduce(progress.sums)
+        self._count_time()
+        entry = {"epoch": len(progress.history) + 1.0, "loss": loss / images, "learning_rate": self._learning_rate()}
+        entry |= {"seconds": progress.seconds, "images_per_second": images / progress.seconds}
+        if self._eval_loader is not None:
+            task = self._tuned.task
+            with nullcontext() if self._average is None else self._average.in_place(task, self._whole):
+                scores = measure(self.accelerator, self.model, self._eval_loader, self.config)
+                with self._whole():
+                    self._best.update(scores, task)
+            entry |= {f"eval_{name}": value for name, value in scores.items()}
+        entry["peak_memory_gb"] = _peak_memory(self.accelerator.device) / 1e9
+        progress.history.append(entry)
+        self._count_time()
+        progress.batches, progress.seconds, progress.sums = 0, 0.0, torch.zeros(2)
+        progress.order = self._order.get_state()
+        self.accelerator.log(entry, step=progress.step)
+        logger.info("%s", entry)
+
+    def _reduce(self, sums: Tensor) -> tuple[float, float]:
+        """The sums of losses and of images of all processes."""
+        reduced: Any = self.accelerator.reduce(sums.to(self.accelerator.device))
+        loss, images = reduced.tolist()
+        return loss, images
+
+    def _learning_rate(self) -> float:
+        """The highest of the present learning rates."""
+        return max(float(rate) for rate in self._schedule.get_last_lr())
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self.progress.seconds += now - self._clock
+        self.progress.all_seconds += now - self._clock
+        self._clock = now
+
+    def _save(self) -> None:
+        """Write a checkpoint, where checkpoints are wanted."""
+        if self._checkpoints is None:
+            return
+        self._count_time()
+        sums = {name: torch.tensor(self._reduce(getattr(self.progress, name))) for name in ("sums", "log_sums")}
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        self._checkpoints.save(self.progress.step, state | {"progress": vars(self.progress) | sums})
+
+    def _call(self, event: str) -> None:
+        for callback in self._begun:
+            getattr(callback, event)(self._tuned)
+
+    def result(self) -> TrainingResult:
+        """What the run did so far."""
+        return self.progress.result()
+
+    def close(self) -> None:
+        """End trackers and callbacks, and take off the model what Accelerate put on it."""
+        self._count_time()
+        self._bar.close()
+        self._call("on_train_end")
+        if self.accelerator.log_with:
+            self.accelerator.end_training()
+        release(self.accelerator, self._tuned)
+        self._tuned.eval()
+
+
+def _total_steps(batches: int, config: TrainingConfig) -> int:
+    an_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+    return config.max_steps if config.max_steps > 0 else math.ceil(an_epoch * config.num_train_epochs)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU what torch took there at most, else what this process did."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        memory: Any = psutil.Process().memory_info()
+        return memory.peak_wset
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

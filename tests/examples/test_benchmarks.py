@@ -1,0 +1,99 @@
+"""The benchmarks of many tasks run, on models too small to mean anything, and print whole tables."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
+SMALL = ["--quick", "--size", "tiny", "--image_size", "32", "--repeats", "2", "--threads", "1"]
+
+pytestmark = pytest.mark.slow
+
+
+def tables(name: str, *arguments: str) -> dict[tuple[str, str], list[str]]:
+    """The rows that a benchmark prints, by the table's title and the row's name."""
+    command = [sys.executable, str(BENCHMARKS / name), *SMALL, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows, title = {}, ""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
+    for line, following in zip(lines, [*lines[1:], []], strict=True):
+        if following and following[0] == "---":
+            title = line[0]
+        elif line and line[0] != "---":
+            assert len(line) == len(lines[lines.index(line) - 1])
+            rows[title, " ".join(line[:2]) if "image" in title else line[0]] = line[1:]
+    return rows
+
+
+def numbers(cells: list[str]) -> list[float]:
+    return [float(re.sub(r" (MB|kB|s|ms)$", "", cell)) for cell in cells]
+
+
+def test_combine() -> None:
+    rows = tables("combine.py", "--batch_size", "2")
+    every, mixed = "every task for 2 images", "8 images, each with its own task"
+    kinds = ["memory", "LoRA", "memory and LoRA"]
+    expected = [(every, f"memtune, masked {kind} {number}") for kind in kinds for number in (1, 4)]
+    expected += [(every, f"memtune, unmasked LoRA, {where} 4") for where in ("all blocks", "last two blocks")]
+    expected += [(every, f"PEFT LoRA, `{how} 4") for how in ("adapter_names`", "set_adapter` in turn")]
+    expected += [(mixed, f"memtune, masked {kind} 8") for kind in kinds]
+    expected += [(mixed, "memtune, unmasked LoRA, all blocks 8"), (mixed, "PEFT LoRA, `adapter_names` 8")]
+    assert list(rows) == expected
+    for cells in rows.values():
+        *measured, pairs = numbers(cells[1:])
+        assert all(value > 0 for value in measured)
+        assert pairs == 2
+    assert numbers(rows[expected[9]])[2] > 2  # four passes take longer than one, on the busiest machine
+
+
+def test_many_adapters() -> None:
+    rows = tables("many_adapters.py")
+    sizes = {name: numbers(cells) for (title, name), cells in rows.items() if title == "measure"}
+    assert list(sizes) == ["trained values", "on disk", "resident memory", "time to load"]
+    for name, (together, one) in sizes.items():
+        assert one == pytest.approx(together * 1000 / 20, rel=0.1), name
+    assert sizes["trained values"][1] == pytest.approx(4 * (12 * 4 * 192 + 192 + 192 * 10 + 10) / 1000, abs=0.1)
+    passes = {name: numbers(cells) for (title, name), cells in rows.items() if title == "pass"}
+    assert list(passes) == [
+        "one image, one task",
+        "one image, all tasks",
+        "8 images, one task",
+        "8 images, each with its own task",
+    ]
+    assert all(value > 0 for values in passes.values() for value in values)
+
+
+def test_memory() -> None:
+    kinds = [
+        "forward",
+        "head",
+        "masked",
+        "unmasked",
+        "unmasked_tokentune",
+        "unmasked_both",
+        "lora",
+        "lora_slimfit",
+        "full",
+    ]
+    rows = tables("memory.py", "--image_size", "64", "--batch_size", "8", "--selected", "3", "--kinds", *kinds)
+    names = [name for _, name in rows]
+    assert {title for title, _ in rows} == {"ViT-Tiny/16, training step"}
+    assert names[:4] == ["forward pass of the frozen backbone", "head only", "masked memory", "unmasked memory"]
+    assert names[4:6] == ["unmasked memory, TokenTune", "unmasked memory, SlimFit and TokenTune"]
+    assert names[6:] == ["PEFT LoRA", "PEFT LoRA, SlimFit", "full fine-tuning"]
+    measured = dict(zip(kinds, map(numbers, rows.values()), strict=True))
+    reference, _, _ = measured["lora"]
+    for megabytes, ratio, _ in measured.values():
+        assert ratio == pytest.approx(megabytes / reference, abs=0.6 / reference * (1 + ratio) + 0.001)
+    kept = {kind: values[2] for kind, values in measured.items()}
+    assert kept["forward"] == 0
+    assert kept["head"] < kept["masked"] < kept["unmasked_tokentune"] < 0.6 * kept["unmasked"]
+    assert kept["unmasked_both"] <= kept["unmasked_tokentune"]
+    assert kept["unmasked"] < kept["lora"] < kept["full"]
+    assert kept["lora_slimfit"] <= kept["lora"]
