@@ -216,7 +216,7 @@ class _Attention(nn.Module):
 def eager_attention_forward(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """The arithmetic of timm where its modules call no fused kernel (`memtune.streams.attention` finds it by this name)."""
+    """The arithmetic of timm where its modules call no fused kernel (`Site` finds it by this name)."""
     scores = (query * module.scale) @ key.transpose(-2, -1)
     weights = (scores if attention_mask is None else scores + attention_mask).softmax(dim=-1)
     return (weights @ value).transpose(1, 2), weights

@@ -28,7 +28,7 @@ from docs_material import make_material, names, publish
 from hub_server import Hub
 from test_hub import hub, waits  # noqa: F401 - fixtures
 
-from memtune.cli.parser import build_parser
+from memtune.cli.parser import build_parser, main
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *ROOT.glob("adapters/README.md")]
@@ -167,7 +167,7 @@ def test_the_command_line_runs(place: str, desk: Path) -> None:
         assert all(words), f"nothing is named by a pattern of {line!r}"
         _, *arguments = [word for each in words for word in each]
         try:
-            code = cli.main(arguments)
+            code = main(arguments)
         except SystemExit as end:  # by which --help ends
             code = end.code
         assert code == 0, line
@@ -238,7 +238,7 @@ def options_of(program: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
         return set(launch_command_parser()._option_string_actions)
     if program.startswith("memtune"):
         with pytest.raises(SystemExit):
-            cli.main([*program.split()[1:], "--help"])
+            main([*program.split()[1:], "--help"])
         text = capsys.readouterr().out
     else:
         text = example_helps()[program]
