@@ -3,8 +3,8 @@
 FSDP2 and stage 3 of DeepSpeed's ZeRO keep the frozen backbone in shards, a part on each device. They hook a block to
 gather its parameters before it runs: FSDP2 puts them where the shards were, into the parameter dictionaries of its
 modules, DeepSpeed into the parameters. Views have the hooks of the modules that they are made of, and share these
-dictionaries (`backbones/views.py`), so a block of a view is gathered as one of the backbone is. What is trained is small: with FSDP2
-it stays whole on each device, DeepSpeed has it in shards too, but for the passes.
+dictionaries (`backbones/views.py`), so a block of a view is gathered as one of the backbone is. What is trained is
+small: with FSDP2 it stays whole on each device, DeepSpeed has it in shards too, but for the passes.
 """
 
 from __future__ import annotations
