@@ -21,14 +21,14 @@ class IA3Adapter(memtune.Adapter[IA3Config]):
             sizes = {"key": block.width, "value": block.width, "fc2": block["fc2"].in_features}
             self.blocks[str(block.index)] = torch.nn.ParameterDict({role: torch.ones(n) for role, n in sizes.items()})
 
-    def attach(self, stream):
+    @classmethod
+    def attach(cls, stream, adapters):
         """A factor of the keys acts as well on the query, one of the values on the context; so both modes are alike."""
-        for index, scales in self.blocks.items():
-            block = stream.view.blocks[int(index)]
-            key, value, fc2 = (scales.get_parameter(name) for name in ("key", "value", "fc2"))
-            block["query"].register_forward_hook(lambda _, args, out, key=key: out * key.to(out))
-            block["out"].register_forward_pre_hook(lambda _, args, value=value: args[0] * value.to(args[0]))
-            block["fc2"].register_forward_pre_hook(lambda _, args, fc2=fc2: args[0] * fc2.to(args[0]))
+        for block, stack in stream.stacks(adapters):
+            key, value, fc2 = (stack.tensor(name, neutral=1.0) for name in ("key", "value", "fc2"))
+            block["query"].register_forward_hook(lambda _, args, out, key=key: out * key.like(out))
+            block["out"].register_forward_pre_hook(lambda _, args, value=value: args[0] * value.like(args[0]))
+            block["fc2"].register_forward_pre_hook(lambda _, args, fc2=fc2: args[0] * fc2.like(args[0]))
 
 
 if __name__ == "__main__":

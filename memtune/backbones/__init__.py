@@ -12,3 +12,4 @@ from .freezing import Hold as Hold
 from .fused import LinearPart as LinearPart
 from .views import shadow as shadow
 from .views import shadow_config as shadow_config
+from .views import structure as structure

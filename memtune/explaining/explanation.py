@@ -200,9 +200,9 @@ def memory_usage(
     classes = len(observer.task.labels) or sys.maxsize  # without a head a label means nothing
     for batch in DataLoader(items, batch_size=batch_size, collate_fn=Collator(classes)):
         pixel_values = check_images(batch["pixel_values"], observer.backbone, interpolate=False)
-        seen, _ = observer.observe(pixel_values, False)
+        found, _ = observer.observe(pixel_values, False)
         images += len(pixel_values)
-        added = [block.apply(lambda part: part.double().sum(dim=0)) for block in seen]
+        added = [block.apply(lambda part: part.double().sum(dim=0)) for block in found]
         sums = added if sums is None else [first + second for first, second in zip(sums, added, strict=True)]
     assert sums is not None  # `as_items` refuses an empty data set
     return MemoryUsage(

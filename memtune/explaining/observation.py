@@ -18,8 +18,8 @@ from torch import Tensor
 from ..backbones import Backbone
 from ..errors import ConfigError, InputError, UnsupportedBackboneError
 from ..models import MultiTaskModel, TunedModel
-from ..streams import AdaptedStream, Pass, TaskStream, Trunk
-from ..tasks import Earlier, Seen, Task, check_images, check_task_names
+from ..streams import Pass, Trunk
+from ..tasks import Batch, Task, check_images, check_task_names, lane_of
 from .shares import Attention
 
 
@@ -32,20 +32,8 @@ class Observer:
         _check_backbone(self.backbone, task.masked)
         self.task: Task = copy.deepcopy(task).eval()  # in training, methods would drop values
         self._trunk = Trunk(self.backbone)
-        self._stream = TaskStream(self.backbone) if task.masked else AdaptedStream(self.backbone)
-        self._earlier = Earlier(self.backbone, self.task.extends) if self.task.extends else None
-        self._methods = self._attach()
-
-    def _attach(self) -> list[list[str]]:
-        """Attach the task; gives for each block the method that each source of further keys belongs to."""
-        names: list[list[str]] = [[] for _ in self._stream.sites]
-        for adapter in self.task.adapters:
-            adapter.attach(self._stream)
-            for own, site in zip(names, self._stream.sites, strict=True):
-                own += [adapter.config.method] * (len(site.sources) - len(own))
-        if self.task.class_token is not None and isinstance(self._stream, AdaptedStream):
-            self._stream.view.set_class_token(self.task.token)
-        return names
+        self._lane = lane_of(self.backbone, self.task)
+        self._methods = [site.source_methods for site in self._lane.stream.sites]
 
     @property
     def has_memory(self) -> bool:
@@ -75,23 +63,17 @@ class Observer:
     def observe(self, pixel_values: Tensor, interpolate: bool) -> tuple[list[Attention], Tensor]:
         """For each block the attention (images, heads, ...), and the probabilities (images, classes)."""
         pixel_values = pixel_values.to(device=self.backbone.model.device, dtype=self.backbone.model.dtype)
-        current = Pass()
-        if isinstance(self._stream, TaskStream) or self._stream.needs_query:
-            current, _ = self._trunk.run(pixel_values, interpolate_pos_encoding=interpolate)
         weights: list[list[Tensor]] = []
-        if isinstance(self._stream, TaskStream):
-            tokens = current.trunk[0].key.shape[2]
-            if self._earlier is not None:
-                current = self._earlier.extend(Seen(pixel_values, current, interpolate))
-            features = self._stream.features(replace(current, weights=weights), self.task.token()).squeeze(1)
-        else:
-            current = Pass(query=current.query, weights=weights)
-            features = self._stream.features(pixel_values, interpolate_pos_encoding=interpolate, current=current)
-            tokens = weights[0][0].shape[-1]
+        current = Pass()
+        if self.task.masked or self._lane.stream.needs_query:
+            current, _ = self._trunk.run(pixel_values, interpolate_pos_encoding=interpolate)
+        batch = Batch(replace(current, weights=weights), pixel_values, interpolate)
+        answer = self._lane.run(batch).squeeze(1)
+        tokens = current.trunk[0].key.shape[2] if self.task.masked else weights[0][0].shape[-1]
         sizes = zip(pixel_values.shape[2:], self.backbone.patch_size, strict=True)
         grid = [pixels // patch for pixels, patch in sizes]
         blocks = [self._sort(each, names, tokens, grid) for each, names in zip(weights, self._methods, strict=True)]
-        logits = features[:, :0] if self.task.head is None else self.task.logits(features)
+        logits = answer[:, :0] if self.task.head is None else answer
         return blocks, logits.float().softmax(dim=-1).cpu()
 
     def _sort(self, parts: Sequence[Tensor], methods: Sequence[str], tokens: int, grid: Sequence[int]) -> Attention:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..backbones import Backbone, Block
 from ..errors import ConfigError
-from ..streams import AdaptedStream, TaskStream
+from ..streams import Stream
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,12 @@ ConfigT = TypeVar("ConfigT", bound=AdapterConfig)
 class Adapter(nn.Module, ABC, Generic[ConfigT]):
     """One method's parameters on one backbone. The names of the parameters are roles, such as `blocks.3.memory`.
 
-    A subclass sets `config_class`, creates its parameters in `__init__` and puts them to work in `attach`.
+    A subclass sets `config_class`, creates its parameters in `__init__`, those of a block in `blocks`, an
+    `nn.ModuleDict` by the block's index, and puts them to work in `attach`.
 
     Attributes:
         needs_attention_function: False if `attach` leaves a stream's sites alone in unmasked mode; the method then also
             runs on backbones that do not use transformers' AttentionInterface.
-        stackable: Whether the method has `attach_stack`. Tasks whose methods all have it share one pass of task streams
-            (or of an adapted stream); others get one each.
 
     Args:
         config: The method's settings.
@@ -110,39 +109,23 @@ class Adapter(nn.Module, ABC, Generic[ConfigT]):
 
     config_class: ClassVar[type[AdapterConfig]]
     needs_attention_function: ClassVar[bool] = True
-    stackable: ClassVar[bool] = False
 
     def __init__(self, config: ConfigT, backbone: Backbone) -> None:
         super().__init__()
         self.config: ConfigT = config
 
-    @abstractmethod
-    def attach(self, stream: AdaptedStream | TaskStream) -> None:
-        """Make a stream use this adapter by changing its view and its attention sites; the original stays as it is."""
-
     @classmethod
-    def attach_stack(cls, adapters: Sequence[Any], stream: AdaptedStream | TaskStream) -> None:
-        """Make a stream use the adapters of several tasks at once, for inference.
+    @abstractmethod
+    def attach(cls, stream: Stream, adapters: Sequence[Any]) -> None:
+        """Make a stream use the adapters of its tasks by changing its view and its sites; the original stays as it is.
+
+        `stream.stacks(adapters)` gives, block by block, what all of them have there side by side: of one task or of
+        many, in training or not, the same lines serve.
 
         Args:
-            adapters: For each task its adapter of this method, or None.
-            stream: The stream; its `selection` says at each pass which tasks it is for.
+            stream: The stream.
+            adapters: For each task of the stream its adapter of this method, or None.
         """
-        raise NotImplementedError(f"{cls.__name__} is not stackable")
-
-    @staticmethod
-    def block_parts(adapters: Sequence[Any], depth: int) -> Iterator[tuple[int, list[Any]]]:
-        """For each block that one of the adapters changes: its index, and for each adapter its part there, or None.
-
-        Args:
-            adapters: Adapters that keep a block's parameters in `blocks`, a `ModuleDict` by index; or None.
-            depth: Number of the backbone's blocks.
-        """
-        trees = [{} if adapter is None else dict(adapter.blocks.items()) for adapter in adapters]
-        for index in range(depth):
-            parts = [tree.get(str(index)) for tree in trees]
-            if any(part is not None for part in parts):
-                yield index, parts
 
     def changed_blocks(self, backbone: Backbone) -> list[int]:
         """Indices of the blocks that the adapter changes."""

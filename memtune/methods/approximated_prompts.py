@@ -19,7 +19,7 @@ tokens, and 2 n r D once a pass for P~.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..backbones import Backbone
 from ..errors import ConfigError
-from ..streams import AdaptedStream, Stack, TaskStream, fit_rows, per_task
+from ..streams import Stack, Stream, fit_rows, per_task
 from .adapter import Adapter, AdapterConfig
 from .registry import register_method
 
@@ -92,71 +92,47 @@ class BlockPrompts(nn.Module):
         self.prompt_B = nn.Parameter(torch.zeros(config.r, width))
         self.prompt_scale = nn.Parameter(torch.zeros(1))
         self.prompt_gate = nn.Parameter(torch.zeros(1)) if config.gate else None
-        self.activation = nn.ReLU() if config.activation == "relu" else nn.Softmax(dim=-1)
         self.dropout = nn.Dropout(config.dropout)
 
-    def keys(self) -> Tensor:
-        """P~ (n, width)."""
-        return self.prompts + self.prompts @ self.prompt_A @ self.prompt_B
 
-    def forward(self, states: Tensor, attended: Tensor) -> Tensor:
-        """O' (batch, tokens, width) for X, `states`, and O, `attended`, of the same shape."""
-        scores = self.dropout(self.activation(states @ self.keys().to(states.dtype).T))  # (batch, tokens, n)
-        mixed = scores @ self.prompts.to(scores.dtype)
-        return _add_term(attended, scores, mixed, self.prompt_gate, self.prompt_scale.exp())
-
-
-def _add_term(attended: Tensor, scores: Tensor, mixed: Tensor, gate: Tensor | None, scale: Tensor) -> Tensor:
-    """O' of O, `attended`, from the scores of the prompts (..., n) and the prompts they mix (..., width)."""
-    term = scores.detach().amax(dim=-1, keepdim=True) * mixed
-    if gate is not None:
-        term = gate.to(term.dtype) * term
-    return scale.to(attended.dtype) * (attended + term.to(attended.dtype))
-
-
-class PromptStack:
-    """The prompts of several tasks in one block, all with the same activation.
+class _Terms:
+    """What the tasks' prompts in a block add to the output of its attention module, all with the same activation.
 
     Args:
-        stack: The tasks' parts.
+        stack: The tasks' prompts.
+        softmax: Whether the activation is softmax; else it is ReLU.
     """
 
-    def __init__(self, stack: Stack) -> None:
-        self._stack = stack
-        self._softmax = isinstance(stack.parts[0].activation, nn.Softmax)
-        self._keys = stack.rows(lambda part: part.keys())  # (tasks, n, width)
-        self._prompts = stack.rows(lambda part: part.prompts)
-        self._scale = stack.rows(lambda part: part.prompt_scale.exp(), neutral=1.0)  # (tasks, 1)
-        gates = (part.prompt_gate for part in stack.parts)
-        gated = any(gate is not None for gate in gates)
-        self._gate = stack.rows(_gate_or_one) if gated else None
-        self._present = stack.present(lambda part: part.prompts) if self._softmax else None
+    def __init__(self, stack: Stack, *, softmax: bool) -> None:
+        self._prompts, self._first, self._second = map(stack.tensor, ("prompts", "prompt_A", "prompt_B"))
+        self._scale = stack.tensor("prompt_scale")
+        gated = stack.of(lambda part: None if part.prompt_gate is None else part)
+        self._gate = None if gated is None else gated.tensor("prompt_gate", neutral=1.0)
+        self._softmax = softmax
+        self._present = stack.present("prompts") if softmax else None
+        # Several tasks that are trained at once drop nothing: each would drop scores of its own.
+        self._dropout = nn.Identity() if stack.alone is None else stack.alone.dropout
 
     def __call__(self, states: Tensor, attended: Tensor) -> Tensor:
-        """O' (rows, tokens, width), for each token or row by its task."""
-        scores = per_task(states, self._spread(self._keys, states).mT)  # (rows, tokens, n)
+        """O' (rows, tokens, width) for X, `states`, and O, `attended`, of the same shape."""
+        prompts = self._prompts()  # (1 or rows, 1 or tokens, n, width)
+        keys = prompts + prompts @ self._first() @ self._second()
+        scores = per_task(states, keys.mT.to(states.dtype))  # (rows, tokens, n)
         if self._present is not None:
-            scores = scores.masked_fill(~self._spread(self._present, states), torch.finfo(scores.dtype).min)
-        scores = scores.softmax(dim=-1) if self._softmax else scores.relu()
-        mixed = per_task(scores, self._spread(self._prompts, states))
-        gate = None if self._gate is None else self._spread(self._gate, states)
-        return _add_term(attended, scores, mixed, gate, self._spread(self._scale, states))
-
-    def _spread(self, rows: Tensor, states: Tensor) -> Tensor:
-        return fit_rows(self._stack.chosen(rows), states.shape[0])
-
-
-def _gate_or_one(part: BlockPrompts) -> Tensor:
-    return torch.ones_like(part.prompt_scale) if part.prompt_gate is None else part.prompt_gate
+            present = fit_rows(self._present(), states.shape[0])
+            scores = scores.masked_fill(~present, torch.finfo(scores.dtype).min)
+        scores = self._dropout(scores.softmax(dim=-1) if self._softmax else scores.relu())
+        term = scores.detach().amax(dim=-1, keepdim=True) * per_task(scores, prompts)
+        if self._gate is not None:
+            term = self._gate.like(term) * term
+        return self._scale.like(attended).exp() * (attended + term.to(attended.dtype))
 
 
-def change_output(
-    prompts: Callable[[Tensor, Tensor], Tensor], module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
-) -> Any:
+def _change_output(terms: _Terms, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """A forward hook of an attention module, when its first argument is given."""
     states = args[0] if args else kwargs["hidden_states"]
     attended, *rest = output if isinstance(output, tuple) else (output,)
-    changed = prompts(states, attended)
+    changed = terms(states, attended)
     return (changed, *rest) if isinstance(output, tuple) else changed
 
 
@@ -166,7 +142,6 @@ class ApproximatedPromptAdapter(Adapter[ApproximatedPromptConfig]):
 
     config_class = ApproximatedPromptConfig
     needs_attention_function = False
-    stackable = True
 
     def __init__(self, config: ApproximatedPromptConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
@@ -174,19 +149,11 @@ class ApproximatedPromptAdapter(Adapter[ApproximatedPromptConfig]):
             {str(block.index): BlockPrompts(block.width, config) for block in config.select(backbone)}
         )
 
-    def attach(self, stream: AdaptedStream | TaskStream) -> None:
-        """Let each block's attention module give out what the prompts make of its output."""
-        for index, prompts in self.blocks.items():
-            assert isinstance(prompts, BlockPrompts)
-            attention = stream.view.blocks[int(index)]["attention"]
-            attention.register_forward_hook(partial(change_output, prompts), with_kwargs=True)
-
     @classmethod
-    def attach_stack(cls, adapters: Sequence[Any], stream: AdaptedStream | TaskStream) -> None:
-        """The same for several tasks, those with one activation after those with the other."""
+    def attach(cls, stream: Stream, adapters: Sequence[Any]) -> None:
+        """Let each block's attention module give out what the prompts make of its output."""
         for activation in ACTIVATIONS:
             same = [each if each and each.config.activation == activation else None for each in adapters]
-            for index, parts in cls.block_parts(same, stream.view.depth):
-                attention = stream.view.blocks[index]["attention"]
-                hook = partial(change_output, PromptStack(Stack(parts, stream.selection)))
-                attention.register_forward_hook(hook, with_kwargs=True)
+            for block, stack in stream.stacks(same):
+                hook = partial(_change_output, _Terms(stack, softmax=activation == "softmax"))
+                block["attention"].register_forward_hook(hook, with_kwargs=True)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..backbones import Backbone, Block
 from ..errors import ConfigError
-from ..streams import AdaptedStream, KeysValues, Pass, Stack, TaskStream
+from ..streams import KeysValues, Pass, Stack, Stream
 from .adapter import Adapter, AdapterConfig
 from .registry import register_method
 
@@ -71,8 +71,8 @@ class CodaPromptConfig(AdapterConfig):
         if not number or not 0 <= self.ortho_mu < math.inf:
             raise ConfigError(f"ortho_mu: got {self.ortho_mu!r}, expected a weight, 0 or more")
 
-    def rows(self) -> slice:
-        """The rows of the pool that the present task trains."""
+    def trained(self) -> slice:
+        """The prompts of the pool that the present task trains."""
         share = self.pool_size // self.num_tasks
         return slice(self.task * share, (self.task + 1) * share)
 
@@ -91,71 +91,74 @@ class BlockPool(nn.Module):
         self.prefix = nn.Parameter(torch.zeros(config.pool_size, config.prompt_length, width))
         self.prefix_key = nn.Parameter(torch.zeros(config.pool_size, query_width))
         self.prefix_attention = nn.Parameter(torch.zeros(config.pool_size, query_width))
+        self.trained: Tensor
+        self.register_buffer("trained", torch.zeros(config.pool_size), persistent=False)
         for task in range(config.task + 1):
-            self.start(replace(config, task=task).rows())
+            self.start(replace(config, task=task).trained())
 
     @torch.no_grad()
-    def start(self, rows: slice) -> None:
-        """Draw the rows of a task, to be trained from now on in place of those before."""
-        self.rows = rows
+    def start(self, trained: slice) -> None:
+        """Draw the prompts of a task, to be trained from now on in place of those before."""
+        self._first, self._last = trained.start, trained.stop
+        self.trained.zero_()
+        self.trained[trained] = 1
         for parameter in self.parameters():
-            _orthogonalise(parameter.flatten(1), rows)
+            _orthogonalise(parameter.flatten(1), trained)
 
     def in_use(self) -> list[Tensor]:
         """Prefixes, keys and attention vectors of the tasks so far, those of earlier tasks held constant."""
-        first, last = self.rows.start, self.rows.stop
+        first, last = self._first, self._last
         return [torch.cat([each[:first].detach(), each[first:last]]) for each in self.parameters()]
-
-    def compose(self, query: Tensor) -> Tensor:
-        """The prompt p (batch, length, width) of each query (batch, query width)."""
-        prefix, key, attention = (each[None, None] for each in self.in_use())
-        return _compose(query, prefix, key, attention).squeeze(1)
-
-    def keys_values(self, block: Block, current: Pass) -> KeysValues:
-        """The two halves of each image's prompt as keys and values, each (batch, 1, heads, length / 2, head width)."""
-        assert current.query is not None
-        key, value = self.compose(current.query).unsqueeze(1).chunk(2, dim=2)
-        return KeysValues(_by_heads(key, block), _by_heads(value, block))
 
     def penalty(self) -> Tensor:
         """How far prefixes, keys and attention vectors in use are from orthonormal rows, a single number."""
         return torch.stack([_distance(each.flatten(1)) for each in self.in_use()]).sum()
 
 
-class PoolStack:
-    """The pools of several tasks in one block.
+class _Source:
+    """The keys and values that the tasks' pools in a block compose for each image (a `memtune.streams.KeyValueSource`).
+
+    Shorter prompts than others' have rows masked.
 
     Args:
-        stack: The tasks' parts.
+        stack: The tasks' pools.
     """
 
     def __init__(self, stack: Stack) -> None:
         self._stack = stack
-        self._key_half, self._value_half, self._key, self._attention = (
-            stack.rows(read)
-            for read in (_key_half, _value_half, lambda part: part.in_use()[1], lambda part: part.in_use()[2])
-        )
-        self._present = stack.present(lambda part: _key_half(part)[0])
+        self._pools = [stack.tensor(name) for name in ("prefix", "prefix_key", "prefix_attention")]
+        self._trained = stack.tensor("trained")
+        sizes = torch.tensor(stack.sizes(lambda pool: pool.prefix.shape[1] // 2), device=stack.parts[0].prefix.device)
+        places = torch.arange(int(sizes.max()), device=sizes.device)
+        alike = bool((sizes == sizes[0]).all())
+        self._present = None if alike else places < sizes[:, None]  # (entries, half of the longest)
+        self._second_half = sizes[:, None] + places
 
     def __call__(self, block: Block, current: Pass) -> KeysValues:
-        """Keys and values of the tasks that the pass is for; shorter prompts than others' have rows masked."""
+        """The two halves of each image's prompts as keys and values, each (batch, tasks, heads, rows, head width)."""
         assert current.query is not None
-        attention, key = self._stack.chosen(self._attention), self._stack.chosen(self._key)
-        halves = (
-            _compose(current.query, self._stack.chosen(half), key, attention)
-            for half in (self._key_half, self._value_half)
-        )
-        present = None if self._present is None else self._stack.chosen(self._present)
-        key_rows, value_rows = (_by_heads(half, block) for half in halves)
-        return KeysValues(key_rows, value_rows, present)
+        prompts = self.compose(current.query)
+        if self._present is None:
+            halves, present = prompts.chunk(2, dim=2), None
+        else:
+            present = self._stack.spread(self._present)
+            second = self._stack.spread(self._second_half).clamp_max(prompts.shape[2] - 1).unsqueeze(-1)
+            halves = prompts[:, :, : present.shape[-1]], prompts.take_along_dim(second, dim=2)
+        key, value = (half.unflatten(-1, (-1, block.head_width)).transpose(2, 3) for half in halves)
+        return KeysValues(key, value, present)
+
+    def compose(self, query: Tensor) -> Tensor:
+        """The prompts p (batch, tasks, length, width) of each query (batch, query width)."""
+        prefix, key, attention = (pool() for pool in self._pools)
+        if torch.is_grad_enabled():
+            prefix, key, attention = (_held(each, self._trained()) for each in (prefix, key, attention))
+        return _compose(query, prefix, key, attention)
 
 
-def _key_half(pool: BlockPool) -> Tensor:
-    return pool.in_use()[0].chunk(2, dim=1)[0]
-
-
-def _value_half(pool: BlockPool) -> Tensor:
-    return pool.in_use()[0].chunk(2, dim=1)[1]
+def _held(pool: Tensor, trained: Tensor) -> Tensor:
+    """The same pool (..., pool, ...), with gradients only to the prompts that are trained, (..., pool)."""
+    chosen = trained.bool().view(*trained.shape, *[1] * (pool.ndim - trained.ndim))
+    return torch.where(chosen, pool, pool.detach())
 
 
 def _compose(query: Tensor, prefix: Tensor, key: Tensor, attention: Tensor) -> Tensor:
@@ -174,11 +177,6 @@ def _compose(query: Tensor, prefix: Tensor, key: Tensor, attention: Tensor) -> T
         lengths = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
         weights = torch.einsum("nd,ntmd->ntm", query, attention * nn.functional.normalize(key, dim=-1)) / lengths
         return torch.einsum("ntm,ntmld->ntld", weights, prefix)
-
-
-def _by_heads(rows: Tensor, block: Block) -> Tensor:
-    """(batch, tasks, rows, width) as (batch, tasks, heads, rows, head width)."""
-    return rows.unflatten(-1, (-1, block.head_width)).transpose(2, 3)
 
 
 def _distance(rows: Tensor) -> Tensor:
@@ -207,7 +205,6 @@ class CodaPromptAdapter(Adapter[CodaPromptConfig]):
     """
 
     config_class = CodaPromptConfig
-    stackable = True
 
     def __init__(self, config: CodaPromptConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
@@ -239,7 +236,7 @@ class CodaPromptAdapter(Adapter[CodaPromptConfig]):
             raise ConfigError(f"task: got {task!r} after task {self.config.task}; tasks begin one after another")
         self.config = replace(self.config, task=task)
         for pool in self._pools().values():
-            pool.start(self.config.rows())
+            pool.start(self.config.trained())
 
     def penalty(self) -> Tensor | None:
         """The orthogonality loss of all blocks, weighted."""
@@ -247,15 +244,9 @@ class CodaPromptAdapter(Adapter[CodaPromptConfig]):
             return None
         return self.config.ortho_mu * torch.stack([pool.penalty() for pool in self._pools().values()]).sum()
 
-    def attach(self, stream: AdaptedStream | TaskStream) -> None:
-        """Give each block's attention the keys and values that its pool composes."""
-        stream.require_query()
-        for index, pool in self._pools().items():
-            stream.sites[index].sources.append(pool.keys_values)
-
     @classmethod
-    def attach_stack(cls, adapters: Sequence[Any], stream: AdaptedStream | TaskStream) -> None:
-        """Give each block's attention the keys and values that all tasks' pools compose."""
+    def attach(cls, stream: Stream, adapters: Sequence[Any]) -> None:
+        """Give each block's attention the keys and values that its pools compose."""
         stream.require_query()
-        for index, parts in cls.block_parts(adapters, stream.view.depth):
-            stream.sites[index].sources.append(PoolStack(Stack(parts, stream.selection)))
+        for block, stack in stream.stacks(adapters):
+            stream.sites[block.index].sources.append(_Source(stack))

@@ -27,9 +27,9 @@ from torch import nn
 
 from ..backbones import Backbone
 from ..errors import ConfigError
-from ..streams import AdaptedStream, Stack, TaskStream
+from ..streams import Stream
 from .adapter import Adapter, AdapterConfig
-from .low_rank import LowRank, SeenUpdates, StackedLinear, UpdateStack
+from .low_rank import AdaptedLinear, LowRank, TrunkFactors, stacks_by_role
 from .peft_names import LINEAR_ROLES, roles_of_targets
 from .registry import register_method
 
@@ -163,23 +163,12 @@ def _check_roles(roles: Any) -> tuple[str, ...]:
     return tuple(role for role in LINEAR_ROLES if role in given)
 
 
-_SEEN = ("key", "value")
-"""Roles whose updates a task stream has between its queries and the trunk, in place of a layer."""
-
-
-def _by_role(parts: Sequence[Any]) -> dict[str, list[LowRank | None]]:
-    """For each role that one of the parts has, each part's update of it, or None."""
-    roles = {role: None for part in parts if part is not None for role in part}
-    return {role: [part[role] if part is not None and role in part else None for part in parts] for role in roles}
-
-
 @register_method
 class LoraAdapter(Adapter[LoraConfig]):
     """Low-rank updates of the linear layers of one backbone's blocks."""
 
     config_class = LoraConfig
     needs_attention_function = False
-    stackable = True
 
     def __init__(self, config: LoraConfig, backbone: Backbone) -> None:
         config = config.for_mode(masked=False)  # where no mode was chosen
@@ -196,29 +185,17 @@ class LoraAdapter(Adapter[LoraConfig]):
         """For each block its index and its updates by role."""
         return [(int(index), dict(roles.items())) for index, roles in self.blocks.items()]  # type: ignore[attr-defined]
 
-    def attach(self, stream: AdaptedStream | TaskStream) -> None:
-        """Put the updates around the view's linear layers; masked, those of keys and values between task and trunk."""
-        for index, updates in self._updates():
-            seen = {role: updates.pop(role) for role in _SEEN if stream.masked and role in updates}
-            if seen:
-                key, value = (seen[role].of_one_task if role in seen else None for role in _SEEN)
-                dropout = next(iter(seen.values())).lora_dropout
-                stream.sites[index].readers.append(SeenUpdates(key, value, dropout))
-            block = stream.view.blocks[index]
-            for role, update in updates.items():
-                block.replace(role, update.on(block[role]))
-
     @classmethod
-    def attach_stack(cls, adapters: Sequence[Any], stream: AdaptedStream | TaskStream) -> None:
-        """The same for several tasks: each row or token gets the update of its own task."""
-        for index, parts in cls.block_parts(adapters, stream.view.depth):
-            stacks = {role: Stack(own, stream.selection) for role, own in _by_role(parts).items()}
+    def attach(cls, stream: Stream, adapters: Sequence[Any]) -> None:
+        """Put the updates around the view's linear layers; masked, those of keys and values between token and trunk."""
+        for block, stack in stream.stacks(adapters):
+            roles = stacks_by_role(stack)
             if stream.masked:
-                key, value = (UpdateStack(stacks.pop(role)) if role in stacks else None for role in _SEEN)
-                stream.sites[index].readers.append(SeenUpdates(key, value))
-            block = stream.view.blocks[index]
-            for role, stack in stacks.items():
-                block.replace(role, StackedLinear(block[role], stack))
+                key, value = roles.pop("key", None), roles.pop("value", None)
+                if key or value:
+                    stream.sites[block.index].updates.append(TrunkFactors(key, value))
+            for role, own in roles.items():
+                block.replace(role, AdaptedLinear(block[role], own))
 
     def merge_into(self, backbone: Backbone) -> None:
         """Add the updates to the weights.

@@ -1,17 +1,18 @@
-"""Low-rank updates of linear layers, W + s B A, on the layers of `peft`: of one task, and of several side by side.
+"""Low-rank updates of linear layers, W + s B A, of one task or of several side by side; initial values are `peft`'s.
 
-And what such updates of the trunk's keys and values are to a task that sees them, without changing the trunk.
+And what such updates of the trunk's keys and values are to a task token, without changing the trunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import peft
 import torch
 from peft.tuners.lora import LoraModel
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from ..backbones import shadow
@@ -20,12 +21,9 @@ from ..streams import Stack, fit_rows, per_task
 _NAME = "default"
 """What peft calls the one adapter of a layer."""
 
-Matrices: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
-"""Gives A^T and s B^T of each task, (1 or rows, 1 or tasks, d_in, r) and (1 or rows, 1 or tasks, r, d_out)."""
-
 
 class LowRank(nn.Module):
-    """The update of one role of one block: A, B and, with DoRA, the lengths of the rows.
+    """The update of one role of one block: A, B and, with DoRA, the lengths of the weight's rows.
 
     Args:
         base: The linear layer in that role.
@@ -35,7 +33,8 @@ class LowRank(nn.Module):
     def __init__(self, base: nn.Module, settings: peft.LoraConfig) -> None:
         super().__init__()
         layer = _peft_layer(base, settings)
-        self.scaling: float = layer.scaling[_NAME]
+        self.scaling: Tensor
+        self.register_buffer("scaling", torch.tensor([float(layer.scaling[_NAME])]), persistent=False)
         self.lora_A = nn.Parameter(layer.lora_A[_NAME].weight.detach().float())
         self.lora_B = nn.Parameter(layer.lora_B[_NAME].weight.detach().float())
         self.lora_dropout = layer.lora_dropout[_NAME]
@@ -43,14 +42,17 @@ class LowRank(nn.Module):
             # Again, since A and B now have full precision, which the lengths of an unchanged weight must have too.
             lengths = layer.lora_magnitude_vector[_NAME]
             lengths.update_layer(
-                base_layer=layer.get_base_layer(), lora_A=self.lora_A, lora_B=self.lora_B, scaling=self.scaling
+                base_layer=layer.get_base_layer(),
+                lora_A=self.lora_A,
+                lora_B=self.lora_B,
+                scaling=layer.scaling[_NAME],
             )
             self.lora_magnitude = nn.Parameter(lengths.weight.detach().float())
         del layer._modules["base_layer"]  # the backbone's; a layer for any view of it is made from this one by `on`
         self._layer = (layer,)  # in a tuple, so that its parameters count once
 
     def on(self, base: nn.Module) -> Any:
-        """The layer of `peft` with these parameters, around the linear layer of a view."""
+        """The layer of `peft` with these parameters, around a linear layer, to merge it."""
         layer: Any = shadow(self._layer[0])
         layer.base_layer = base
         layer.merged_adapters, layer._caches = [], {}
@@ -61,22 +63,6 @@ class LowRank(nn.Module):
         layer.training = self.training
         return layer
 
-    def down_up(self) -> tuple[Tensor, Tensor]:
-        """A^T (d_in, r) and s B^T (r, d_out)."""
-        return self.lora_A.T, self.lora_B.T * self.scaling
-
-    def of_one_task(self) -> tuple[Tensor, Tensor]:
-        """The same where all rows and tokens are one task's, (1, 1, ..., ...) each."""
-        down, up = self.down_up()
-        return down[None, None], up[None, None]
-
-    def row_scale(self, base: Any) -> Tensor | None:
-        """DoRA's factor of each row, (d_out): its trained length over that of W + s B A; None without DoRA."""
-        if not hasattr(self, "lora_magnitude"):
-            return None
-        down, up = self.down_up()
-        return self.lora_magnitude / (base.weight.to(up.dtype) + (down @ up).T).norm(dim=1)
-
 
 def _peft_layer(base: nn.Module, settings: peft.LoraConfig) -> Any:
     """The LoRA layer of `peft` for a linear layer, which may be one of bitsandbytes'."""
@@ -84,8 +70,95 @@ def _peft_layer(base: nn.Module, settings: peft.LoraConfig) -> Any:
     return LoraModel._create_new_module(settings, _NAME, base, **options)
 
 
-class SeenUpdates:
-    """Lets tasks see K' and V' without computing them (a `memtune.streams.TrunkReader`).
+class _Factors:
+    """The matrices of the tasks' updates of one role in one block.
+
+    Args:
+        stack: The `LowRank` of each task.
+    """
+
+    def __init__(self, stack: Stack) -> None:
+        self._lora_A, self._lora_B = stack.tensor("lora_A"), stack.tensor("lora_B")
+        self._scaling = stack.tensor("scaling")
+        # Several tasks that are trained at once drop nothing: each would drop values of its own.
+        self.dropout = nn.Identity() if stack.alone is None else stack.alone.lora_dropout
+
+    def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A (1 or rows, 1 or tasks, r, d_in), B (..., d_out, r), and s (..., 1)."""
+        return self._lora_A(), self._lora_B(), self._scaling()
+
+    @property
+    def drops(self) -> bool:
+        """Whether the input of A is another than that of W at present."""
+        return isinstance(self.dropout, nn.Dropout) and self.dropout.training and self.dropout.p > 0
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer of a view with the updates of the stream's tasks.
+
+    Args:
+        base: The layer of the view.
+        stack: The `LowRank` of each task.
+    """
+
+    def __init__(self, base: Any, stack: Stack) -> None:
+        super().__init__()
+        self.base = base
+        self._factors = _Factors(stack)
+        self._scale = _Lengths.of(stack, base)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """W x + b + s B A x, with DoRA each row of the sum but b scaled, of states (rows, tokens, d_in)."""
+        down, up, scaling = self._factors()
+        output = self.base(states)
+        dropped = self._factors.dropout(states.to(down.dtype))
+        update = per_task(per_task(dropped, down.mT), up.mT)
+        update = (update * fit_rows(scaling, states.shape[0]).to(update.dtype)).to(output.dtype)
+        if self._scale is None:
+            return output + update
+        bias = 0 if self.base.bias is None else self.base.bias
+        # "DoRA" drops what its scale changes of W x as well, as peft's does.
+        plain = (self.base(dropped.to(states.dtype)) if self._factors.drops else output) - bias
+        scale = self._scale(output)
+        return output + (scale - 1) * plain + scale * update
+
+
+class _Lengths:
+    """DoRA's factor of each row of a weight: its trained length over that of W + s B A, held constant (section 4.3).
+
+    Args:
+        stack: The `LowRank` of each task.
+        trained: Those that have lengths.
+        base: The layer.
+    """
+
+    def __init__(self, stack: Stack, trained: Stack, base: Any) -> None:
+        self._real = stack.made(partial(_row_lengths, base), "lora_A", "lora_B", "scaling", neutral=1.0, of=[base])
+        self._trained = trained.tensor("lora_magnitude", neutral=torch.nan)
+        self._all = len(trained.parts) == len(stack.parts)
+
+    @classmethod
+    def of(cls, stack: Stack, base: Any) -> _Lengths | None:
+        """The factors of the tasks in a stack; None if no task has any."""
+        trained = stack.of(lambda part: part if hasattr(part, "lora_magnitude") else None)
+        return None if trained is None else cls(stack, trained, base)
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """The factors for an output (rows, tokens, d_out): (1 or rows, 1 or tasks, d_out); 1 for a task without."""
+        scale = self._trained() / self._real()
+        scale = torch.where(scale.isnan(), torch.ones_like(scale), scale) if not self._all else scale
+        return fit_rows(scale, output.shape[0]).to(output.dtype)
+
+
+def _row_lengths(base: Any, down: Tensor, up: Tensor, scaling: Tensor) -> Tensor:
+    """The lengths (tasks, d_out) of the rows of W + s B A, for A (tasks, r, d_in) and B (tasks, d_out, r)."""
+    weight = dequantize_module_weight(base).to(up.dtype)
+    with torch.no_grad():
+        return (weight + scaling.unsqueeze(-1) * (up @ down)).norm(dim=-1)
+
+
+class TrunkFactors:
+    """Lets task tokens see K' and V' without computing them (a `memtune.streams.TrunkUpdate`).
 
     A task's query in a head, 0 in what is other heads' of the width, is a query x on all of K: x K'^T = q_h K'_h^T. And
     of a context of all of V what is the head's own is kept. So the updates are those of what asks and what is answered:
@@ -95,27 +168,28 @@ class SeenUpdates:
     Keys and values are read once, whatever the rank.
 
     Args:
-        key: The matrices of the keys' update, or None.
-        value: Those of the values'.
-        dropout: What the input of A goes through in training: the same for all tokens of an image.
+        key: The updates of the keys, or None.
+        value: Those of the values. In training the input of A goes through one dropout for both, the same for all
+            tokens of an image.
     """
 
-    def __init__(self, key: Matrices | None, value: Matrices | None, dropout: nn.Module | None = None) -> None:
-        self._key, self._value, self._dropout = key, value, dropout
+    def __init__(self, key: Stack | None, value: Stack | None) -> None:
+        self._key = None if key is None else _Factors(key)
+        self._value = None if value is None else _Factors(value)
 
     def queries(self, query: Tensor) -> Tensor | None:
         """S x B A of queries x on all of K, (rows, heads, tasks, width)."""
         if self._key is None:
             return None
-        down, up = self._key()
-        return self._dropped(_through(query, up.mT, down.mT))
+        down, up, scaling = self._key()
+        return self._key.dropout(_through(query, up * scaling.unsqueeze(-1), down))
 
     def context(self, context: Tensor) -> Tensor | None:
         """S (p V) A^T B^T of p V, (rows, heads, tasks, width)."""
-        return None if self._value is None else _through(self._dropped(context), *self._value())
-
-    def _dropped(self, states: Tensor) -> Tensor:
-        return states if self._dropout is None else self._dropout(states)
+        if self._value is None:
+            return None
+        down, up, scaling = self._value()
+        return _through(self._value.dropout(context), down.mT, (up * scaling.unsqueeze(-1)).mT)
 
 
 def _through(states: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -125,51 +199,8 @@ def _through(states: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return per_task(per_task(states.flatten(0, 1), first), second).unflatten(0, states.shape[:2])
 
 
-class UpdateStack:
-    """The matrices of several tasks' updates of one role in one block.
-
-    Args:
-        stack: The tasks' parts.
-    """
-
-    def __init__(self, stack: Stack) -> None:
-        self._stack = stack
-        self._down = stack.rows(lambda part: part.down_up()[0])  # (tasks, d_in, r)
-        self._up = stack.rows(lambda part: part.down_up()[1])  # (tasks, r, d_out)
-
-    def __call__(self) -> tuple[Tensor, Tensor]:
-        """A^T and s B^T of the tasks that the pass is for, (1 or images, 1 or tasks, ..., ...) each."""
-        return self._stack.chosen(self._down), self._stack.chosen(self._up)
-
-
-class StackedLinear(nn.Module):
-    """A linear layer with each task's own update.
-
-    Args:
-        base: The layer of the view.
-        stack: The tasks' parts.
-    """
-
-    def __init__(self, base: Any, stack: Stack) -> None:
-        super().__init__()
-        self.base = base
-        self._stack = stack
-        self._matrices = UpdateStack(stack)
-        scaled = any(part.row_scale(base) is not None for part in stack.parts)
-        self._scale = stack.rows(partial(_scale_or_ones, base), neutral=1.0) if scaled else None  # (tasks, d_out)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """W x + b + s B A x, with DoRA each row of the sum but b scaled, of states (rows, tokens, d_in)."""
-        down, up = self._matrices()
-        output = self.base(states)
-        update = per_task(per_task(states.to(down.dtype), down), up).to(output.dtype)
-        if self._scale is None:
-            return output + update
-        bias = 0 if self.base.bias is None else self.base.bias
-        scale = fit_rows(self._stack.chosen(self._scale), states.shape[0]).to(output.dtype)
-        return (output - bias + update) * scale + bias
-
-
-def _scale_or_ones(base: Any, part: LowRank) -> Tensor:
-    scale = part.row_scale(base)
-    return torch.ones_like(part.lora_B[:, 0]) if scale is None else scale
+def stacks_by_role(stack: Stack) -> dict[str, Stack]:
+    """Of parts that are dictionaries of updates by role, those of each role that one of them has."""
+    roles: Sequence[str] = list(dict.fromkeys(role for part in stack.parts for role in part))
+    found = {role: stack.of(lambda part, role=role: dict(part.items()).get(role)) for role in roles}
+    return {role: own for role, own in found.items() if own is not None}

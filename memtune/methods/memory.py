@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from ..backbones import Backbone, Block
 from ..errors import ConfigError
-from ..streams import AdaptedStream, KeysValues, Pass, Stack, TaskStream
+from ..streams import KeysValues, KeyValueSource, Pass, Stack, Stream
 from .adapter import Adapter, AdapterConfig
 from .registry import register_method
 
@@ -71,66 +72,43 @@ class BlockMemory(nn.Module):
     def __init__(self, tokens: int, width: int, init_std: float) -> None:
         super().__init__()
         self.memory = nn.Parameter(torch.empty(tokens, width).normal_(std=init_std))
-        self._kept: tuple[Any, KeysValues] | None = None
-
-    def keys_values(self, block: Block, current: Pass | None = None) -> KeysValues:
-        """Keys and values of the memory by the block's norm and projections, each (1, 1, heads, m, head width).
-
-        They do not depend on the images, so in evaluation they are kept until a parameter behind them changes.
-        """
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return _project(self.memory.expand(1, 1, -1, -1), block)
-        state = self._state(block)
-        kept = self._kept
-        if kept is None or kept[0] != state:
-            # Detached, as a view of a parameter says that it requires a gradient also where none is recorded.
-            kept = self._kept = (state, _project(self.memory.detach().expand(1, 1, -1, -1), block))
-        return kept[1]
-
-    def _state(self, block: Block) -> Any:
-        """What changes whenever the keys and values do: the parameters' places and versions, and the precision."""
-        modules = (self, *block.key_norms, block["key"], block["value"])
-        parameters = [parameter for module in modules for parameter in module.parameters()]
-        versions = [(parameter.data_ptr(), parameter._version, parameter.dtype) for parameter in parameters]
-        device = self.memory.device.type
-        return versions, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
-class MemoryStack:
-    """The memory of several tasks in one block.
+def _source(stack: Stack, block: Block, *, masked: bool) -> KeyValueSource:
+    """Keys and values of the tasks' memory in a block of a view, by the block's norm and projections.
 
-    Args:
-        stack: The tasks' parts.
-        block: The block of the view, or None to project at each pass, by projections that may be the tasks' own.
+    Tasks with fewer tokens than others have them masked. A task stream projects by the backbone's own weights, so that
+    keys and values need not be made at each pass; in an adapted stream the projections may be the tasks' own.
     """
+    present = stack.present("memory") or (lambda: None)
+    if masked:
+        layers = [*block.key_norms, block["key"], block["value"]]
+        projected = stack.made(partial(_project, block=block), "memory", of=layers)
 
-    def __init__(self, stack: Stack, block: Block | None) -> None:
-        self._stack = stack
-        self._present = stack.present(lambda part: part.memory)
-        memory = stack.rows(lambda part: part.memory)  # (tasks, m, width)
-        self._memory = memory if block is None else None
-        self._projected = None if block is None else _project(memory.unsqueeze(0), block)
+        def made(block: Block, current: Pass) -> KeysValues:
+            key, value = projected()
+            return KeysValues(key, value, present())
 
-    def __call__(self, block: Block, current: Pass) -> KeysValues:
-        """Keys and values of the tasks that the pass is for; tasks with fewer tokens than others have them masked."""
-        present = None if self._present is None else self._stack.chosen(self._present)
-        if self._projected is None:
-            assert self._memory is not None
-            return _project(self._stack.chosen(self._memory), block)._replace(present=present)
-        key, value = (self._stack.chosen(part[0]) for part in self._projected[:2])
-        return KeysValues(key, value, present)
+        return made
+    memory = stack.tensor("memory")
+
+    def project(block: Block, current: Pass) -> KeysValues:
+        tokens = memory()  # (1 or images, 1, m, width)
+        key, value = _project(tokens.squeeze(1), block)
+        return KeysValues(key.unsqueeze(1), value.unsqueeze(1), present())
+
+    return project
 
 
-def _project(memory: Tensor, block: Block) -> KeysValues:
-    """Keys and values (rows, tasks, heads, m, head width) of memory (rows, tasks, m, width)."""
-    rows, tasks, number, _ = memory.shape
+def _project(memory: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """Keys and values (tasks or images, heads, m, head width) of memory (tasks or images, m, width)."""
     memory = memory.to(block["norm1"].weight.dtype)
     for norm in block.key_norms:
         memory = norm(memory)
-    memory = memory.flatten(1, 2)
-    shape = (rows, tasks, number, -1, block.head_width)
-    key, value = (block[role](memory).view(shape).transpose(2, 3) for role in ("key", "value"))
-    return KeysValues(key, value)
+    key, value = (
+        block[role](memory).unflatten(-1, (-1, block.head_width)).transpose(1, 2) for role in ("key", "value")
+    )
+    return key, value
 
 
 @register_method
@@ -138,7 +116,6 @@ class MemoryAdapter(Adapter[MemoryConfig]):
     """Memory tokens for the blocks of one backbone; in masked mode only the task token sees them."""
 
     config_class = MemoryConfig
-    stackable = True
 
     def __init__(self, config: MemoryConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
@@ -151,19 +128,8 @@ class MemoryAdapter(Adapter[MemoryConfig]):
         """Those that have memory."""
         return [int(index) for index in self.blocks]
 
-    def attach(self, stream: AdaptedStream | TaskStream) -> None:
-        """Give each block's attention the keys and values of its memory."""
-        for index, memory in self.blocks.items():
-            assert isinstance(memory, BlockMemory)
-            memory._kept = None  # a new parameter may lie where one that is gone lay
-            stream.sites[int(index)].sources.append(memory.keys_values)
-
     @classmethod
-    def attach_stack(cls, adapters: Sequence[Any], stream: AdaptedStream | TaskStream) -> None:
-        """Give each block's attention the keys and values of all tasks' memory.
-
-        A task stream projects by the backbone's own weights, so its keys and values are made once, now.
-        """
-        for index, parts in cls.block_parts(adapters, stream.view.depth):
-            block = stream.view.blocks[index] if stream.masked else None
-            stream.sites[index].sources.append(MemoryStack(Stack(parts, stream.selection), block))
+    def attach(cls, stream: Stream, adapters: Sequence[Any]) -> None:
+        """Give each block's attention the keys and values of its memory."""
+        for block, stack in stream.stacks(adapters):
+            stream.sites[block.index].sources.append(_source(stack, block, masked=stream.masked))

@@ -1,12 +1,12 @@
 """The models that users hold: a backbone with one task or with many."""
 
 from .arithmetic import merge_adapters as merge_adapters
-from .combining import combine as combine
 from .export import export_onnx as export_onnx
 from .export import export_program as export_program
 from .multitask import MixedOutput as MixedOutput
 from .multitask import MultiTaskModel as MultiTaskModel
 from .multitask import MultiTaskOutput as MultiTaskOutput
+from .multitask import combine as combine
 from .peft_folders import export_peft as export_peft
 from .peft_folders import import_peft as import_peft
 from .pipelines import pipeline as pipeline

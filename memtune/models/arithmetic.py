@@ -31,7 +31,7 @@ from ..errors import ConfigError, MemtuneError
 from ..methods import LoraConfig
 from ..storage import find_folder, load_recorded_backbone, read_folder
 from ..tasks import Task
-from .sources import SourceReader, TaskSource
+from .multitask import TaskSource, TaskSources
 from .tuned import TunedModel
 
 WAYS = (
@@ -150,10 +150,10 @@ def _find_backbone(adapters: Sequence[Any]) -> PreTrainedModel:
 def _read(adapters: Sequence[Any], backbone: Backbone) -> tuple[list[Task], list[Any]]:
     """The tasks, and the image processor of each or None."""
     read = []
-    reader = SourceReader(backbone, any_weights=False)
+    sources = TaskSources(backbone, any_weights=False)
     for number, source in enumerate(adapters):
         try:
-            read.append(reader.read(source, {}))
+            read.append(sources.read(source, {}))
         except MemtuneError as error:
             raise type(error)(f"adapter {number}: {error}") from error
     return [task for task, _ in read], [processor for _, processor in read]

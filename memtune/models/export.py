@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 
 from ..backbones import Backbone, shadow_config
 from ..errors import ConfigError, MemtuneError
-from ..tasks import AdaptedLane, Arrangement, Seen, Task, check_images, check_task_names
+from ..tasks import AdaptedLane, Arrangement, Batch, Task, check_images, check_task_names
 from .multitask import MultiTaskModel
 from .tuned import TunedModel
 
@@ -153,6 +153,8 @@ class _Graph(nn.Module):
         self._interpolate = not backbone.family.any_size and self._size != backbone.image_size
         arrangement = Arrangement.of(backbone, tasks)
         self._trunk, self._lanes = arrangement.trunk, arrangement.lanes
+        for lane in self._lanes:
+            lane.begin()
         self._classes = {name: len(task.labels) for name, task in tasks.items()}
         if backbone.family.attention_function:
             for view in (
@@ -174,10 +176,10 @@ class _Graph(nn.Module):
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """The outputs by name."""
         current, output = self._trunk.answer(pixel_values, interpolate_pos_encoding=self._interpolate)
-        seen = Seen(pixel_values, current, self._interpolate)
+        batch = Batch(current, pixel_values, self._interpolate)
         answers: dict[str, Tensor] = {}
         for lane in self._lanes:
-            logits = lane.run(seen, None, by_row=False)
+            logits = lane.run(batch)
             answers |= {name: logits[:, number, : self._classes[name]] for name, number in lane.numbers.items()}
         base = getattr(output, "logits", None)
         base = current.query if base is None else base

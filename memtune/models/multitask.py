@@ -1,34 +1,50 @@
-"""`MultiTaskModel`: one frozen backbone with many tasks, for inference."""
+"""`MultiTaskModel`: one frozen backbone with many tasks, for inference; and `combine`, for adapters trained apart."""
 
 from __future__ import annotations
 
 import copy
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
-from ..backbones import Backbone, Hold
-from ..errors import CheckpointError, ConfigError, InputError, MemtuneError
+from ..backbones import Backbone, Hold, fingerprint, same_weights
+from ..errors import BackboneMismatchError, CheckpointError, ConfigError, InputError, MemtuneError
 from ..storage import (
+    CardDetails,
+    check_backbone,
     find_collection,
+    find_folder,
     load_recorded_backbone,
-    make_repository,
-    public_name,
-    push_folder,
+    make_task,
     read_folder,
     read_index,
     write_collection,
 )
-from ..tasks import Arrangement, Plan, Task, answer_all, answer_each, check_images, check_task_names, eager, make_plan
-from .conventions import VisionModel
-from .sources import SourceReader, TaskSource
+from ..tasks import (
+    Arrangement,
+    Plan,
+    Task,
+    answer_all,
+    answer_each,
+    check_images,
+    check_task_names,
+    make_plan,
+    outside_graphs,
+)
+from .shared import SharedModel
+from .tuned import TunedModel
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+TaskSource: TypeAlias = str | Path | TunedModel
+"""An adapter folder, an adapter's id on the Hub, or a model in memory."""
 
 _CHANGES = threading.Lock()
 """Held while a model's tasks change, so that changes made in several threads all count."""
@@ -62,7 +78,7 @@ class MixedOutput(list[TaskOutput]):
         self.base = base
 
 
-class MultiTaskModel(VisionModel):
+class MultiTaskModel(SharedModel):
     """A frozen backbone with several tasks, for inference: one pass over an image answers all of them.
 
     Made by `combine`. Calls may come from several threads, also while tasks are added and removed.
@@ -102,7 +118,7 @@ class MultiTaskModel(VisionModel):
         """Add tasks (see `combine`), those that extend others after them; if one cannot be added, none is."""
         with _CHANGES:
             before, backbone = self.arrangement.tasks, Backbone(self.backbone)
-            reader = SourceReader(backbone, any_weights=any_weights)
+            sources = TaskSources(backbone, any_weights=any_weights)
             added: dict[str, Task] = {}
             processors: dict[str, Any] = {}
             for name, source in tasks.items():
@@ -113,7 +129,7 @@ class MultiTaskModel(VisionModel):
                         f"tasks: there is a task {name!r} already; remove it first, or choose another name"
                     )
                 try:
-                    task, processors[name] = reader.read(source, before | added)
+                    task, processors[name] = sources.read(source, before | added)
                     if task.backbone_head:
                         task.require_head("combine")
                 except MemtuneError as error:
@@ -122,7 +138,7 @@ class MultiTaskModel(VisionModel):
             self.arrangement = Arrangement.of(backbone, before | added, self.arrangement)
             self._processors |= processors
 
-    def _filled(self, tasks: Mapping[str, TaskSource], any_weights: bool) -> MultiTaskModel:
+    def _filled(self, tasks: Mapping[str, TaskSource], any_weights: bool) -> Self:
         """This new model with its tasks; if one cannot be added, the backbone is given back as it was."""
         try:
             self.add_tasks(tasks, any_weights=any_weights)
@@ -175,7 +191,7 @@ class MultiTaskModel(VisionModel):
         """
         return self._answer(pixel_values, tasks, rows, interpolate_pos_encoding)
 
-    @eager
+    @outside_graphs
     def _answer(
         self, pixel_values: Tensor, tasks: Sequence[str] | None, rows: Sequence[str] | None, interpolate: bool
     ) -> MultiTaskOutput | MixedOutput:
@@ -198,70 +214,34 @@ class MultiTaskModel(VisionModel):
         """Stay in evaluation mode: this model is for inference; `wrap` trains."""
         return super().train(False)
 
-    def save_pretrained(self, save_directory: str | Path, *, base_model_name: str | None = None) -> None:
-        """Save as a folder with an adapter folder for each task, which can also be used alone.
+    def _details(
+        self, results: Mapping[str, float] | None, datasets: str | Sequence[str], training: Any
+    ) -> CardDetails:
+        if results or datasets or training is not None:
+            raise ConfigError(
+                "results, datasets, training: the card of a model of many tasks has no place for those of one; save "
+                "the task's own TunedModel with them"
+            )
+        return CardDetails()
 
-        Args:
-            save_directory: The folder; made if it is not there.
-            base_model_name: The backbone's name to record, where it was loaded from a path of this machine.
-        """
-        write_collection(
-            save_directory, self.arrangement.tasks, self.backbone, self._processors, base_model_name or None
-        )
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        base_model_name: str | None = None,
-    ) -> CommitInfo:
-        """Share all tasks on the Hub as one repository, in one commit (see `TunedModel.push_to_hub`).
-
-        Raises:
-            HubError: The Hub refused or could not be reached; the repository has the old tasks or the new ones.
-        """
-        repo_id = make_repository(repo_id, private=private, token=token)
-        name = public_name(base_model_name or self.backbone.name_or_path) or ""  # no path of this machine gets out
-        with TemporaryDirectory() as folder:
-            write_collection(folder, self.arrangement.tasks, self.backbone, self._processors, name)
-            options: dict[str, Any] = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
-            return push_folder(Path(folder), repo_id, token=token, **options)
+    def _write(self, folder: str | Path, name: str | None, details: CardDetails) -> None:
+        write_collection(folder, self.arrangement.tasks, self.backbone, self._processors, name)
 
     @classmethod
-    def from_pretrained(
+    def _open(
         cls,
         source: str | Path,
-        backbone: PreTrainedModel | nn.Module | None = None,
-        *,
-        any_weights: bool = False,
-        revision: str | None = None,
-        **access: Any,
-    ) -> MultiTaskModel:
-        """Load what `save_pretrained` saved, or `push_to_hub` shared.
-
-        Args:
-            source: The folder, or `user/name` on the Hub; a folder of that name goes first.
-            backbone: The frozen backbone, loaded already; None to load it by the name that the adapters recorded.
-            any_weights: Accept a backbone of the right shape with other weights than an adapter was trained on.
-            revision: Branch, tag, pull request or commit on the Hub.
-            access: `token`, `cache_dir`, `local_files_only` and `force_download`, as for `TunedModel.from_pretrained`.
-
-        Raises:
-            CheckpointError: The folder is missing, incomplete, damaged or of an unknown format.
-            BackboneMismatchError: The backbone is not the one that an adapter was trained on.
-        """
-        source = find_collection(source, revision=revision, **access)
-        folders = {name: source / folder for name, folder in read_index(source).items()}
+        backbone: PreTrainedModel | nn.Module | None,
+        any_weights: bool,
+        place: Mapping[str, Any],
+    ) -> Self:
+        folder = find_collection(source, **place)
+        folders = {name: folder / task for name, task in read_index(folder).items()}
         if backbone is None:
             if not folders:
-                raise CheckpointError(f"{source} has no tasks that would name their backbone; pass backbone=...")
-            kept = {name: access[name] for name in ("token", "cache_dir", "local_files_only") if name in access}
-            backbone = load_recorded_backbone(read_folder(next(iter(folders.values()))), **kept)
+                raise CheckpointError(f"{folder} has no tasks that would name their backbone; pass backbone=...")
+            access = {name: place[name] for name in ("token", "cache_dir", "local_files_only")}
+            backbone = load_recorded_backbone(read_folder(next(iter(folders.values()))), **access)
         return cls(backbone)._filled(folders, any_weights)
 
     def _apply(self, *arguments: Any, **options: Any) -> MultiTaskModel:
@@ -285,7 +265,7 @@ def _as_output(task: Task, answer: Tensor) -> TaskOutput:
     return ImageClassifierOutput(logits=answer)
 
 
-@eager
+@outside_graphs
 def _check_names(
     tasks: Sequence[str] | None, rows: Sequence[str] | None, batch: int, known: Mapping[str, Task]
 ) -> Sequence[str]:
@@ -298,3 +278,76 @@ def _check_names(
     if rows is not None and len(names) != batch:
         raise InputError(f"rows: got {len(names)} names for {batch} images, expected one for each image")
     return names
+
+
+class TaskSources:
+    """Reads tasks for one backbone, whose fingerprint is taken once for all of them.
+
+    Args:
+        backbone: The backbone that the tasks must have been trained on.
+        any_weights: Accept a backbone of the right shape with other weights.
+    """
+
+    def __init__(self, backbone: Backbone, *, any_weights: bool) -> None:
+        self._backbone = backbone
+        self._any_weights = any_weights
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, str]:
+        return fingerprint(self._backbone)
+
+    def read(self, source: Any, known: Mapping[str, Task]) -> tuple[Task, Any]:
+        """A task of its own, and its image processor.
+
+        Args:
+            source: The task's source.
+            known: Tasks that it may extend.
+
+        Raises:
+            BackboneMismatchError: The task was trained on another backbone.
+            CheckpointError: The folder is damaged, or a task that it extends is missing.
+            ConfigError: The source is none.
+        """
+        if isinstance(source, TunedModel):
+            self._check_model(source.backbone)
+            return copy.deepcopy(source.task), source.processor
+        if not isinstance(source, (str, Path)):
+            raise ConfigError(
+                f"got {type(source).__name__}, expected an adapter folder, an adapter's id on the Hub, or a TunedModel"
+            )
+        folder = read_folder(find_folder(source))
+        own = None if self._any_weights else self._fingerprint
+        check_backbone(folder, self._backbone, any_weights=self._any_weights, own=own)
+        return make_task(folder, self._backbone, known), folder.processor
+
+    def _check_model(self, model: PreTrainedModel) -> None:
+        if model is self._backbone.model or self._any_weights:
+            return
+        other = Backbone(model)
+        same_shape = other.describe() == self._backbone.describe()
+        if not same_shape or not same_weights(fingerprint(other), self._fingerprint):
+            raise BackboneMismatchError(
+                f"it was wrapped around another {type(model).__name__}, of other shape or weights; "
+                "combine adapters of one backbone (any_weights=True takes it nevertheless)"
+            )
+
+
+def combine(
+    backbone: PreTrainedModel | nn.Module, tasks: Mapping[str, TaskSource], *, any_weights: bool = False
+) -> MultiTaskModel:
+    """Put adapters that were trained apart, on the same backbone, into one model.
+
+    Args:
+        backbone: The backbone that all of them were trained on, one of transformers' or timm's.
+        tasks: The adapters by the names that their tasks shall have: folders, ids on the Hub, or tuned models, of which
+            a copy is taken.
+        any_weights: Accept a backbone of the right shape with other weights than an adapter was trained on.
+
+    Raises:
+        ConfigError: There are no tasks, or a name is no name.
+        BackboneMismatchError: An adapter was trained on another backbone; it is named.
+        CheckpointError: An adapter folder is damaged; it is named.
+    """
+    if not isinstance(tasks, Mapping) or not tasks:
+        raise ConfigError(f"tasks: got {tasks!r}, expected adapters by the names of their tasks, at least one")
+    return MultiTaskModel(backbone)._filled(tasks, any_weights)

@@ -1,12 +1,13 @@
-"""`TunedModel`: a backbone, what is trained for one task, and the conventions of Hugging Face models."""
+"""`TunedModel`: a frozen backbone and what is trained for one task."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -14,19 +15,46 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils.generic import ModelOutput
 
-from ..backbones import Backbone, Hold, as_pretrained
+from ..backbones import Backbone, Hold, as_pretrained, structure
 from ..errors import ConfigError, InputError, MemtuneError, UnsupportedBackboneError
-from ..storage import write_peft_folder
+from ..storage import (
+    CardDetails,
+    check_backbone,
+    find_folder,
+    load_recorded_backbone,
+    make_task,
+    read_folder,
+    write_folder,
+    write_peft_folder,
+)
 from ..streams import AdaptedStream, Pass, TaskStream, Trunk
-from ..tasks import Earlier, Seen, Task, check_images, check_labels, merge
-from .conventions import VisionModel
-from .sharing import Sharing
+from ..tasks import AdaptedLane, Batch, MaskedLane, Task, check_images, check_labels, lane_of, merge
+from .shared import SharedModel
 
-_VIEWS = ("_trunk", "stream", "_earlier", "_described")
-"""What `TunedModel` builds anew when it is copied or changes its mode, and lacks when it is detached."""
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_DISABLED: ContextVar[frozenset[int]] = ContextVar("memtune_disabled", default=frozenset())
+"""Ids of the models that answer as their backbones do in the present context."""
 
 
-class TunedModel(VisionModel, Sharing):
+class _Views(NamedTuple):
+    """What a pass runs.
+
+    Attributes:
+        described: The backbone in blocks and roles.
+        trunk: Its untouched pass, in masked mode.
+        lane: The task's own.
+        made_for: What they were made for; where that is something else now, they are made anew.
+    """
+
+    described: Backbone
+    trunk: Trunk | None
+    lane: MaskedLane | AdaptedLane
+    made_for: Hashable
+
+
+class TunedModel(SharedModel):
     """A frozen backbone with what is trained for one task. Made by `wrap`, `load` or `from_pretrained`.
 
     `state_dict()` and the trainable parameters are the task's alone. `train()` leaves the backbone in evaluation mode.
@@ -36,7 +64,6 @@ class TunedModel(VisionModel, Sharing):
         task: The parameters of the task and its labels.
         config: A copy of the backbone's configuration, with the task's labels unless the head is the backbone's.
         processor: The image processor, or None.
-        stream: What a pass runs beside the trunk; made anew whenever the mode changes.
     """
 
     accepts_loss_kwargs = False
@@ -54,10 +81,11 @@ class TunedModel(VisionModel, Sharing):
             self.config.id2label = dict(enumerate(task.labels))
             self.config.problem_type = "single_label_classification"  # whatever the backbone's own head was for
             self.config.label2id = {label: index for index, label in enumerate(task.labels)}
-        self._checkpointing: dict[str, Any] | None = None
+        self._recompute: dict[str, Any] | None = None
         self._enabled = True
         self._loaded_prefix = ""
-        self._build()  # first, as it refuses a backbone that has no view
+        self._views: _Views | None = None
+        self._renew()  # first, as it refuses a backbone that has no view
         self._hold = Hold(backbone)
         self.task.to(device=backbone.device)
         self.register_state_dict_post_hook(_drop_backbone)
@@ -65,19 +93,35 @@ class TunedModel(VisionModel, Sharing):
         self.register_load_state_dict_post_hook(_forgive_backbone)
         self.train(self._hold.was_training)
 
-    def _build(self) -> None:
-        """Make the views that forward runs."""
-        backbone = Backbone(self.backbone)
-        self._trunk = Trunk(backbone) if self.task.masked else None
-        checkpointing = self._checkpointing if self.training else None
-        self.stream: AdaptedStream | TaskStream = (
-            TaskStream(backbone)
-            if self.task.masked
-            else AdaptedStream(backbone, checkpointing=checkpointing, whole_model=self.task.backbone_head)
-        )
-        self.task.attach(self.stream)
-        self._earlier = Earlier(backbone, self.task.extends) if self.task.extends else None
-        self._described = backbone
+    def _renew(self) -> _Views:
+        """Make the views anew if the backbone's modules, or what is asked of them, are others now.
+
+        Values, devices and types need no new views: these have the tensors of the backbone and of the task. They are
+        put in place when they are finished, so that other threads have the old ones or the new ones.
+        """
+        recompute = self._recompute if self.training else None
+        made_for = structure(self.backbone), repr(recompute)
+        views = self._views
+        if views is None or views.made_for != made_for:
+            described = Backbone(self.backbone)
+            options = {} if self.task.masked else {"recompute": recompute, "whole_model": self.task.backbone_head}
+            trunk = Trunk(described) if self.task.masked else None
+            views = self._views = _Views(described, trunk, lane_of(described, self.task, **options), made_for)
+        return views
+
+    @property
+    def stream(self) -> AdaptedStream | TaskStream:
+        """What a pass runs beside the trunk; another one when the views have been made anew."""
+        return (self._views or self._renew()).lane.stream
+
+    @property
+    def _trunk(self) -> Trunk | None:
+        return (self._views or self._renew()).trunk
+
+    @property
+    def _active(self) -> bool:
+        """Whether the adapter is part of the answer in the present context."""
+        return self._enabled and id(self) not in _DISABLED.get()
 
     def forward(
         self,
@@ -116,71 +160,94 @@ class TunedModel(VisionModel, Sharing):
         if inputs:
             raise InputError(f"got {sorted(inputs)}; a head that is not the backbone's takes pixel_values and labels")
         if trunk is not None:
-            if not self._enabled:
+            if not self._active:
                 raise ConfigError("trunk: without its adapter the model reads images; pass pixel_values")
-            return self._answer(self.features_of(trunk), labels, return_dict)
-        pixel_values = check_images(pixel_values, self._described, interpolate=interpolate_pos_encoding)
-        if not self._enabled:
-            options = {} if self._described.family.any_size else {"interpolate_pos_encoding": interpolate_pos_encoding}
+            return self._answer(self._batch_of(trunk), labels, return_dict)
+        described = (self._views or self._renew()).described
+        pixel_values = check_images(pixel_values, described, interpolate=interpolate_pos_encoding)
+        if not self._active:
+            options = {} if described.family.any_size else {"interpolate_pos_encoding": interpolate_pos_encoding}
             images_alone = self.backbone.main_input_name == "pixel_values"
-            return (self.backbone if images_alone else self._described.tower)(pixel_values=pixel_values, **options)
-        features = self.features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        return self._answer(features, labels, return_dict)
+            return (self.backbone if images_alone else described.tower)(pixel_values=pixel_values, **options)
+        return self._answer(self._batch(pixel_values, interpolate_pos_encoding), labels, return_dict)
 
     def _run_backbone(self, pixel_values: Any, inputs: dict[str, Any], return_dict: bool | None) -> Any:
         """The output of the backbone's own class, its head reading the adapted tower."""
         given = {name: value for name, value in inputs.items() if value is not None}
         interpolate = "interpolate_pos_encoding" in given
-        pixel_values = check_images(pixel_values, self._described, interpolate=interpolate)
-        if self._described.family.any_size:
+        views = self._views or self._renew()
+        pixel_values = check_images(pixel_values, views.described, interpolate=interpolate)
+        if views.described.family.any_size:
             given.pop("interpolate_pos_encoding", None)
-        if self._enabled:
-            assert isinstance(self.stream, AdaptedStream)
-            output = self.stream.run_model(pixel_values, **given)
+        if active := self._active:
+            assert isinstance(views.lane, AdaptedLane)
+            output = views.lane.stream.run_model(pixel_values, **given)
         else:
             output = self.backbone(pixel_values=pixel_values, return_dict=True, **given)
-        penalty = self.task.penalty() if self.training and self._enabled else None
+        penalty = self.task.penalty() if self.training and active else None
         if penalty is not None and output.get("loss") is not None:
             output["loss"] = output["loss"] + penalty
         return output.to_tuple() if return_dict is False else output
 
+    def _batch(self, pixel_values: Tensor, interpolate: bool) -> Batch:
+        """Images (batch, channels, height, width), which have been checked, with the trunk's pass in masked mode."""
+        trunk = (self._views or self._renew()).trunk
+        if trunk is None:
+            return Batch(Pass(), pixel_values, interpolate)
+        current, _ = trunk.run(pixel_values, interpolate_pos_encoding=interpolate)
+        return Batch(current, pixel_values, interpolate)
+
+    def _batch_of(self, trunk: Pass) -> Batch:
+        """What a pass of the trunk knows of images.
+
+        Raises:
+            ConfigError: The model is unmasked, or extends others.
+        """
+        if not self.task.masked:
+            raise ConfigError("trunk: got an unmasked model, which has none; pass pixel_values")
+        return Batch(trunk)
+
     def _answer(
-        self, features: Tensor, labels: Tensor | None, return_dict: bool | None
+        self, batch: Batch, labels: Tensor | None, return_dict: bool | None
     ) -> ImageClassifierOutput | BaseModelOutputWithPooling | tuple[Tensor, ...]:
-        """The output for features (batch, width)."""
+        """The output for a batch."""
+        lane = (self._views or self._renew()).lane
+        answer = lane.run(batch).squeeze(1)  # logits (batch, classes), or without a head features (batch, width)
         if self.task.head is None and labels is None:
-            pooled = BaseModelOutputWithPooling(pooler_output=features)
+            pooled = BaseModelOutputWithPooling(pooler_output=answer)
             return pooled.to_tuple() if return_dict is False else pooled
+        loss = None
         if labels is not None:
             self.task.require_head("labels")
-            check_labels(labels, features.shape[0], len(self.task.labels))
-        logits = self.task.logits(features)
-        loss = None if labels is None else cross_entropy(logits, labels.long())
-        if loss is not None and self.training and (penalty := self.task.penalty()) is not None:
-            loss = loss + penalty
-        output = ImageClassifierOutput(loss=loss, logits=logits)
+            check_labels(labels, answer.shape[0], len(self.task.labels))
+            loss = cross_entropy(answer, labels.long())
+            if self.training and (penalty := self.task.penalty()) is not None:
+                loss = loss + penalty
+        output = ImageClassifierOutput(loss=loss, logits=answer)
         return output.to_tuple() if return_dict is False else output
 
     def features(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> Tensor:
-        """What the head reads of images (batch, channels, height, width): (batch, width)."""
-        if isinstance(self.stream, AdaptedStream):
-            return self.stream.features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        return self.features_of(self.trunk_pass(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
+        """What the head reads of images (batch, channels, height, width): (batch, width).
+
+        Raises:
+            InputError: The images have the wrong shape, type or size.
+        """
+        views = self._views or self._renew()
+        pixel_values = check_images(pixel_values, views.described, interpolate=interpolate_pos_encoding)
+        return views.lane.features(self._batch(pixel_values, interpolate_pos_encoding)).squeeze(1)
 
     def trunk_pass(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> Pass:
-        """What the task stream reads of images (batch, channels, height, width): the same whatever is trained.
+        """The trunk's pass over images (batch, channels, height, width): the same whatever is trained.
 
         Raises:
             ConfigError: The model is unmasked.
             InputError: The images have the wrong shape, type or size.
         """
-        if self._trunk is None:
+        views = self._views or self._renew()
+        if views.trunk is None:
             raise ConfigError("got an unmasked model, which has no trunk; wrap with masked=True")
-        pixel_values = check_images(pixel_values, self._described, interpolate=interpolate_pos_encoding)
-        current, _ = self._trunk.run(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        if self._earlier is not None:
-            current = self._earlier.extend(Seen(pixel_values, current, interpolate_pos_encoding))
-        return current
+        pixel_values = check_images(pixel_values, views.described, interpolate=interpolate_pos_encoding)
+        return views.trunk.run(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)[0]
 
     def features_of(self, trunk: Pass) -> Tensor:
         """What the head reads, (batch, width), of images whose `trunk_pass` is there already.
@@ -188,15 +255,14 @@ class TunedModel(VisionModel, Sharing):
         Raises:
             ConfigError: The model is unmasked.
         """
-        if isinstance(self.stream, AdaptedStream):
-            raise ConfigError("trunk: got an unmasked model, which has none; pass pixel_values")
-        return self.stream.features(trunk, self.task.token()).squeeze(1)
+        return (self._views or self._renew()).lane.features(self._batch_of(trunk)).squeeze(1)
 
     def train(self, mode: bool = True) -> TunedModel:
         """Set the adapter's mode. The frozen backbone stays in evaluation mode: no dropout, no stochastic depth."""
-        super().train(mode)
+        self.training = mode
+        self.task.train(mode)
         self.backbone.eval()
-        self._build()
+        self._renew()
         return self
 
     def activation_checkpointing_enable(
@@ -216,13 +282,13 @@ class TunedModel(VisionModel, Sharing):
                 f"{type(self.backbone).__name__} does not support activation checkpointing; train without it, with "
                 "smaller batches or in mixed precision"
             )
-        self._checkpointing = {"kwargs": activation_checkpointing_kwargs or {"use_reentrant": False}, **options}
-        self._build()
+        self._recompute = {"kwargs": activation_checkpointing_kwargs or {"use_reentrant": False}, **options}
+        self._renew()
 
     def activation_checkpointing_disable(self) -> None:
         """Keep activations again."""
-        self._checkpointing = None
-        self._build()
+        self._recompute = None
+        self._renew()
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
@@ -234,12 +300,12 @@ class TunedModel(VisionModel, Sharing):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within this context the model answers as the untouched backbone does."""
-        before, self._enabled = self._enabled, False
+        """Within this context the model answers as the untouched backbone does; in other threads as ever."""
+        before = _DISABLED.set(_DISABLED.get() | {id(self)})
         try:
             yield
         finally:
-            self._enabled = before
+            _DISABLED.reset(before)
 
     def merge(self) -> PreTrainedModel:
         """A plain Hugging Face model with this task in its weights (see `memtune.tasks.merge`); this one stays."""
@@ -270,7 +336,8 @@ class TunedModel(VisionModel, Sharing):
         """
         backbone = self.backbone
         self._hold.release(backbone)
-        self.__dict__ = self.__getstate__() | {"_modules": {}}
+        del self._views
+        self._modules.clear()
         return backbone
 
     def trainable_parameters(self) -> dict[str, int]:
@@ -295,17 +362,44 @@ class TunedModel(VisionModel, Sharing):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("backbone", "task", *_VIEWS):
+            if name in ("backbone", "task", "_views"):
                 raise MemtuneError("this model has been detached from its backbone; wrap the backbone again") from None
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in _VIEWS}
+        return {name: value for name, value in self.__dict__.items() if name != "_views"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._build()
+        self._views = None
         self._hold.join(self.backbone)
+
+    def _replicate_for_data_parallel(self) -> TunedModel:
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[operator]
+        replica._views = None  # those of the replica's own tensors are made when these are there
+        replica._enabled = self._active  # the threads of nn.DataParallel have contexts of their own
+        return replica
+
+    def _write(self, folder: str | Path, name: str | None, details: CardDetails) -> None:
+        write_folder(folder, self.task, self.backbone, self.processor, name, details)
+
+    @classmethod
+    def _open(
+        cls,
+        source: str | Path,
+        backbone: PreTrainedModel | nn.Module | None,
+        any_weights: bool,
+        place: Mapping[str, Any],
+    ) -> Self:
+        adapter = read_folder(find_folder(source, **place))
+        if backbone is None:
+            access = {name: place[name] for name in ("token", "cache_dir", "local_files_only")}
+            backbone = load_recorded_backbone(adapter, **access)
+        described = Backbone(backbone)
+        check_backbone(adapter, described, any_weights=any_weights)
+        tuned = cls(backbone, make_task(adapter, described), processor=adapter.processor)
+        tuned.train(False)
+        return tuned
 
 
 def _drop_backbone(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -321,7 +415,6 @@ def _note_prefix(module: Any, state: dict[str, Any], prefix: str, *arguments: An
 def _forgive_backbone(module: Any, incompatible: Any) -> None:
     frozen = f"{module._loaded_prefix}backbone."
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(frozen)]
-    module._build()  # tensors that were assigned, not copied, are new ones
 
 
 load = TunedModel.from_pretrained

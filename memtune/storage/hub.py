@@ -86,21 +86,25 @@ def find_folder(
     return folder
 
 
-def find_collection(source: str | Path, *, revision: str | None = None, **access: Any) -> Path:
+def find_collection(
+    source: str | Path, *, revision: str | None = None, subfolder: str | None = None, **access: Any
+) -> Path:
     """Where the folder of a multi-task model lies: the folder itself, or that in the cache of one on the Hub.
 
     Args:
         source: A folder, or the id of a repository on the Hub; a folder of that name goes first.
         revision: Branch, tag, pull request or commit on the Hub; by default `main`.
+        subfolder: The collection's folder within the folder or repository.
         access: `token`, `cache_dir`, `local_files_only` and `force_download`, as for `find_folder`.
 
     Raises:
         HubError: The folder cannot be had.
     """
     if isinstance(source, Path) or Path(source).exists() or public_name(source) is None:
-        return Path(source)
-    patterns = [INDEX_NAME, CARD_NAME, *(f"*/{name}" for name in _FILES)]
-    return Path(_download(source, patterns, revision=revision, **access))
+        return Path(source, subfolder or "")
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    patterns = [f"{prefix}{name}" for name in (INDEX_NAME, CARD_NAME, *(f"*/{name}" for name in _FILES))]
+    return Path(_download(source, patterns, revision=revision, **access), prefix)
 
 
 def _download(source: str, patterns: list[str], *, revision: str | None, **access: Any) -> str:

@@ -1,14 +1,18 @@
 """Passes: of images through the untouched backbone, of task tokens beside it, and through an adapted view."""
 
+from .adapted_stream import AdaptedStream as AdaptedStream
 from .following import Follower as Follower
 from .passes import KeysValues as KeysValues
+from .passes import KeyValueSource as KeyValueSource
 from .passes import Pass as Pass
 from .passes import TrunkBlock as TrunkBlock
 from .passes import extended as extended
 from .stacking import Selection as Selection
 from .stacking import Stack as Stack
+from .stacking import Stacked as Stacked
 from .stacking import fit_rows as fit_rows
+from .stacking import linear_per_task as linear_per_task
 from .stacking import per_task as per_task
-from .streams import AdaptedStream as AdaptedStream
-from .streams import TaskStream as TaskStream
-from .streams import Trunk as Trunk
+from .stream import Stream as Stream
+from .task_stream import TaskStream as TaskStream
+from .trunk import Trunk as Trunk

@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..backbones import Backbone, Block, shadow_config
 from ..errors import UnsupportedBackboneError
-from .passes import KeysValues, KeyValueSource, Pass, TrunkBlock, TrunkReader
+from .passes import KeysValues, KeyValueSource, Pass, TrunkBlock, TrunkUpdate
 from .stacking import fit_rows
 
 Follow: TypeAlias = Callable[[int, TrunkBlock], bool]
@@ -39,15 +39,16 @@ class Site:
         attention = block["attention"]
         self.block = block
         self.sources: list[KeyValueSource] = []
-        self.readers: list[TrunkReader] = []
+        self.source_methods: list[str] = []  # of each source, the method that it belongs to
+        self.updates: list[TrunkUpdate] = []
         self.follower: Follow | None = None
         self.config = attention.config
-        self.eager: Any = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
+        self._plain: Any = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
 
     def kernel(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """The attention function that the backbone is set to at this moment."""
         name = self.config._attn_implementation
-        return self.eager if name == "eager" else ALL_ATTENTION_FUNCTIONS.get_interface(name, self.eager)
+        return self._plain if name == "eager" else ALL_ATTENTION_FUNCTIONS.get_interface(name, self._plain)
 
     def further(self, current: Pass) -> list[KeysValues]:
         """Keys and values of all sources."""
@@ -90,8 +91,8 @@ def adapted_attention(
     """Attention over the block's keys and values and those of its sources."""
     site: Site = module.memtune_site
     memtune_pass.visited.append(site.block.index)
-    if memtune_pass.seen is not None:
-        key, value, attention_mask = memtune_pass.seen(key, value, attention_mask)
+    if memtune_pass.substitute is not None:
+        key, value, attention_mask = memtune_pass.substitute(key, value, attention_mask)
     widths = [key.shape[2]]
     for further in site.further(memtune_pass):
         widths.append(further.key.shape[-2])
@@ -189,7 +190,7 @@ def _trunk_scores(site: Site, trunk: TrunkBlock, query: Tensor) -> Tensor:
     key = trunk.key.to(query.dtype)
     if _reads_side_by_side(site, query):
         wide = _in_own_part(query)
-        for more in [reader.queries(wide) for reader in site.readers]:
+        for more in [update.queries(wide) for update in site.updates]:
             wide = wide if more is None else wide + more.to(wide.dtype)
         scores = (wide.flatten(1, 2) @ _side_by_side(key).mT).unflatten(1, query.shape[1:3])
     else:
@@ -204,7 +205,7 @@ def _trunk_context(site: Site, trunk: TrunkBlock, weights: Tensor) -> Tensor:
     if not _reads_side_by_side(site, weights):
         return weights @ value
     wide = (weights.flatten(1, 2) @ _side_by_side(value)).unflatten(1, weights.shape[1:3])
-    for more in [reader.context(wide) for reader in site.readers]:
+    for more in [update.context(wide) for update in site.updates]:
         wide = wide if more is None else wide + more.to(wide.dtype)
     return _own_part(wide)
 
@@ -212,10 +213,10 @@ def _trunk_context(site: Site, trunk: TrunkBlock, weights: Tensor) -> Tensor:
 def _reads_side_by_side(site: Site, asking: Tensor) -> bool:
     """Whether to treat all heads as one, with a query of the whole width for each task and head.
 
-    Such queries can ask for what other heads have, as readers do. They take as many times the multiply-adds as there
+    Such queries can ask for what other heads have, as updates do. They take as many times the multiply-adds as there
     are heads, but no copy of keys and values, which lie side by side: for one task the copy takes longer.
     """
-    return bool(site.readers) or asking.shape[2] == 1
+    return bool(site.updates) or asking.shape[2] == 1
 
 
 def _side_by_side(states: Tensor) -> Tensor:
@@ -245,7 +246,7 @@ def widen(mask: Tensor | None, further: KeysValues, like: Tensor) -> Tensor | No
     """A mask (..., queries, keys) that lets every query see further keys too, where they are present.
 
     Args:
-        mask: An additive mask, or a boolean one that is True where a key is seen; None if all keys are.
+        mask: An additive mask, or a boolean one that is True where a key counts; None if all do.
         further: The further keys of one task for each row.
         like: The keys so far, (rows, heads, keys, head width).
     """
@@ -254,10 +255,10 @@ def widen(mask: Tensor | None, further: KeysValues, like: Tensor) -> Tensor | No
         return None if mask is None else pad(mask, (0, number), value=mask.dtype == torch.bool)
     rows, _, keys, _ = like.shape
     mask = like.new_zeros(rows, 1, 1, keys) if mask is None else mask.expand(rows, -1, -1, -1)
-    seen = fit_rows(further.present, rows).unsqueeze(1)  # (1 or rows, 1, 1, number)
+    there = fit_rows(further.present, rows).unsqueeze(1)  # (1 or rows, 1, 1, number)
     if mask.dtype != torch.bool:
-        seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, torch.finfo(mask.dtype).min)
-    return torch.cat([mask, seen.expand(*mask.shape[:-1], -1)], dim=-1)
+        there = torch.zeros_like(there, dtype=mask.dtype).masked_fill(~there, torch.finfo(mask.dtype).min)
+    return torch.cat([mask, there.expand(*mask.shape[:-1], -1)], dim=-1)
 
 
 AttentionInterface.register("memtune_adapted", adapted_attention)

@@ -10,14 +10,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from .passes import Pass, TrunkBlock
-
-if TYPE_CHECKING:
-    from .streams import TaskStream
+from .task_stream import TaskStream
 
 
 class Follower:

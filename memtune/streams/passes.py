@@ -28,8 +28,8 @@ KeyValueSource = Callable[[Block, "Pass"], KeysValues]
 """Gives a block's further keys and values, made from the block, the query of the pass, or neither."""
 
 
-class TrunkReader(Protocol):
-    """How task tokens see the trunk's keys and values: K' and V', linear in K and V with all heads side by side.
+class TrunkUpdate(Protocol):
+    """How the trunk's keys and values look to task tokens: K' and V', linear in K and V with all heads side by side.
 
     Neither is ever made: only queries that get from K what K' has more, and what V' has more of a context.
     """
@@ -73,6 +73,10 @@ class TrunkBlock(NamedTuple):
         return TrunkBlock(self.key.index_select(0, index), self.value.index_select(0, index), bias)
 
 
+Substitute = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
+"""Gives other keys, values and mask for those of a block."""
+
+
 @dataclass
 class Pass:
     """One pass over a batch of images: what its attention functions write and read.
@@ -90,8 +94,8 @@ class Pass:
             token of an adapted stream, (rows, heads, tokens, number) each: on the keys that the backbone has, on those
             of a task token itself, and on those of each source.
         selected: Positions (batch, k) of the tokens that gradients pass through; None for all.
-        seen: Gives the keys, values and mask that the queries of an adapted stream see, before those of its sources,
-            in place of the block's own; None for the block's own.
+        substitute: Gives the keys, values and mask that the queries of an adapted stream attend to, before those of its
+            sources, in place of the block's own; None for the block's own.
     """
 
     visited: list[int] = field(default_factory=list)
@@ -104,11 +108,11 @@ class Pass:
     record: list[list[KeysValues]] | None = None
     weights: list[list[Tensor]] | None = None
     selected: Tensor | None = None
-    seen: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]] | None = None
+    substitute: Substitute | None = None
 
-    def seeing(self, seen: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]) -> Pass:
+    def with_keys_values(self, substitute: Substitute) -> Pass:
         """The same pass with other keys and values for the queries of one block."""
-        return replace(self, seen=seen)
+        return replace(self, substitute=substitute)
 
 
 def extended(trunk: TrunkBlock, further: Sequence[KeysValues]) -> TrunkBlock:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..streams import Trunk
-from .lanes import Lane, Seen, eager
+from .lanes import Batch, Lane, outside_graphs
 
 
 @dataclass
@@ -31,21 +31,21 @@ class _Share:
 
 
 @torch.no_grad()
-@eager
+@outside_graphs
 def answer_all(
     trunk: Trunk, lanes: Sequence[Lane], pixel_values: Tensor, names: Sequence[str], *, interpolate: bool
 ) -> tuple[dict[str, Tensor], Any]:
     """The logits (batch, classes), or features, of some tasks by name; and the backbone's own output."""
     shares = [_Share(lane, own) for lane in lanes if (own := [name for name in names if name in lane.numbers])]
-    seen, base = _see(trunk, shares, pixel_values, interpolate)
+    batch, base = _run_trunk(trunk, shares, pixel_values, interpolate)
     answers: dict[str, Tensor] = {}
     for share in shares:
-        answers |= share.lane.all(seen, share.names)
+        answers |= share.lane.all(batch, share.names)
     return answers, base
 
 
 @torch.no_grad()
-@eager
+@outside_graphs
 def answer_each(
     trunk: Trunk, lanes: Sequence[Lane], pixel_values: Tensor, names: Sequence[str], *, interpolate: bool
 ) -> tuple[list[Tensor], Any]:
@@ -55,17 +55,17 @@ def answer_each(
         if places := [place for place, name in enumerate(names) if name in lane.numbers]:
             images = None if len(places) == len(names) else torch.tensor(places, device=pixel_values.device)
             shares.append(_Share(lane, [names[place] for place in places], places, images))
-    seen, base = _see(trunk, shares, pixel_values, interpolate)
+    batch, base = _run_trunk(trunk, shares, pixel_values, interpolate)
     answers: dict[int, Tensor] = {}
     for share in shares:
         assert share.places is not None
-        own = seen if share.images is None else seen.images(share.images)
+        own = batch if share.images is None else batch.images(share.images)
         answers |= zip(share.places, share.lane.each(own, share.names), strict=True)
     return [answers[place] for place in range(len(names))], base
 
 
-@eager
-def _see(trunk: Trunk, shares: Sequence[_Share], pixel_values: Tensor, interpolate: bool) -> tuple[Seen, Any]:
+@outside_graphs
+def _run_trunk(trunk: Trunk, shares: Sequence[_Share], pixel_values: Tensor, interpolate: bool) -> tuple[Batch, Any]:
     """Run the trunk, with the streams that can go along with it."""
     followers = {}
     for share in shares:
@@ -79,4 +79,4 @@ def _see(trunk: Trunk, shares: Sequence[_Share], pixel_values: Tensor, interpola
         current, base = trunk.answer(pixel_values, interpolate_pos_encoding=interpolate)
     found = {lane: follower.features() for lane, follower in followers.items()}
     followed = {lane: features for lane, features in found.items() if features is not None}
-    return Seen(pixel_values, current, interpolate, followed), base
+    return Batch(current, pixel_values, interpolate, followed), base

@@ -4,7 +4,7 @@
 - tasks of unmasked mode that first change the same block share an adapted stream that starts there, their images one
   after the other;
 - a task that only has a head reads the trunk's own feature;
-- a task of a method that cannot be stacked has a lane of its own, and so has one that extends others;
+- a task that extends others has a lane of its own;
 - tasks without a head, which give features, have lanes of their own.
 """
 
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from ..backbones import Backbone
-from ..streams import Pass, Selection, Trunk, extended
-from .lanes import AdaptedLane, HeadLane, Lane, MaskedLane, Seen
+from ..streams import Pass, Trunk, extended
+from .lanes import AdaptedLane, Batch, HeadLane, Lane, MaskedLane
 from .task import Task
 
 
@@ -36,12 +36,12 @@ class Earlier:
         self._lanes = [lane for lane in make_lanes(backbone, tasks) if isinstance(lane, MaskedLane)]
 
     @torch.no_grad()
-    def extend(self, seen: Seen) -> Pass:
+    def extend(self, batch: Batch) -> Pass:
         """The pass of the trunk as a task sees it that extends these."""
-        trunk = seen.current.trunk
+        trunk = batch.current.trunk
         for lane in self._lanes:
-            trunk = [extended(block, further) for block, further in zip(trunk, lane.record(seen), strict=True)]
-        return replace(seen.current, trunk=trunk)
+            trunk = [extended(block, further) for block, further in zip(trunk, lane.record(batch), strict=True)]
+        return replace(batch.current, trunk=trunk)
 
 
 def first_changed_block(task: Task, backbone: Backbone) -> int:
@@ -57,7 +57,7 @@ def make_lanes(backbone: Backbone, tasks: Mapping[str, Task]) -> list[Lane]:
     groups: dict[Any, dict[str, Task]] = {}
     for name, task in tasks.items():
         first = None if task.masked else first_changed_block(task, backbone)
-        own = None if task.stackable and not task.extends else name
+        own = name if task.extends else None
         groups.setdefault((first, own, task.head is None), {})[name] = task
     return [_make_lane(backbone, group, first) for (first, *_), group in groups.items()]
 
@@ -87,7 +87,7 @@ class Arrangement:
                 `torch.compile` made of it is not made again.
         """
         lanes = make_lanes(backbone, tasks)
-        starts = {lane.first_block for lane in lanes if isinstance(lane, AdaptedLane)} - {0}
+        starts = {lane.shared_blocks for lane in lanes if isinstance(lane, AdaptedLane)} - {0}
         if before is not None and before.trunk.keep_states == starts:
             return cls(before.trunk, lanes, dict(tasks))
         return cls(Trunk(backbone, keep_states=starts), lanes, dict(tasks))
@@ -95,6 +95,21 @@ class Arrangement:
 
 def _make_lane(backbone: Backbone, tasks: Mapping[str, Task], first_block: int | None) -> Lane:
     if first_block is None:
-        extends = next(iter(tasks.values())).extends  # whoever extends others is alone
-        return MaskedLane(backbone, tasks, Earlier(backbone, extends).extend if extends else None)
-    return HeadLane(tasks, Selection()) if first_block == backbone.depth else AdaptedLane(backbone, tasks, first_block)
+        return _masked_lane(backbone, tasks)
+    return HeadLane(backbone, tasks) if first_block == backbone.depth else AdaptedLane(backbone, tasks, first_block)
+
+
+def _masked_lane(backbone: Backbone, tasks: Mapping[str, Task]) -> MaskedLane:
+    extends = next(iter(tasks.values())).extends  # whoever extends others is alone
+    return MaskedLane(backbone, tasks, Earlier(backbone, extends).extend if extends else None)
+
+
+def lane_of(backbone: Backbone, task: Task, **options: Any) -> MaskedLane | AdaptedLane:
+    """The lane of one task that answers by itself: a task stream, or an adapted stream that runs from images on.
+
+    Args:
+        backbone: The backbone.
+        task: The task.
+        options: Of an adapted stream.
+    """
+    return _masked_lane(backbone, {"": task}) if task.masked else AdaptedLane(backbone, {"": task}, **options)

@@ -1,78 +1,106 @@
-"""Lanes: streams for one or more tasks of a multi-task model, with the tasks' heads at their end."""
+"""Lanes: a stream for one task or for several, with the tasks' heads at its end."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..backbones import Backbone
-from ..streams import AdaptedStream, Follower, KeysValues, Pass, Selection, Stack, TaskStream, per_task
+from ..streams import AdaptedStream, Follower, KeysValues, Pass, Selection, Stack, Stream, TaskStream, linear_per_task
 from .task import Task
 
-eager = torch.compiler.disable(recursive=False)
+outside_graphs = torch.compiler.disable(recursive=False)
 """Keeps the names of tasks out of what `torch.compile` compiles: it would compile again for each choice of them."""
 
 
 @dataclass
-class Seen:
-    """What one pass of the trunk knows of a batch of images.
+class Batch:
+    """Images, and what one pass of the trunk knows of them.
 
     Attributes:
-        pixel_values: The images, (batch, channels, height, width).
-        current: The pass that the trunk has filled.
+        current: The pass: a new one, or one that the trunk has filled.
+        pixel_values: The images, (batch, channels, height, width); None where the pass of the trunk is all there is.
         interpolate: Whether positions are interpolated.
         followed: The features of lanes that went along with the trunk.
     """
 
-    pixel_values: Tensor
     current: Pass
-    interpolate: bool
+    pixel_values: Tensor | None = None
+    interpolate: bool = False
     followed: Mapping[Lane, Tensor] = field(default_factory=dict)
 
-    def images(self, index: Tensor) -> Seen:
+    def images(self, index: Tensor) -> Batch:
         """The same for some of the images, (number,)."""
         current = self.current
-        return Seen(
-            self.pixel_values.index_select(0, index),
+        return Batch(
             Pass(
                 trunk=[block.images(index) for block in current.trunk],
                 query=None if current.query is None else current.query.index_select(0, index),
                 kept={block: states.index_select(0, index) for block, states in current.kept.items()},
             ),
+            None if self.pixel_values is None else self.pixel_values.index_select(0, index),
             self.interpolate,
             self.followed,
         )
 
 
 class Lane(ABC):
-    """A stream for some of the tasks.
+    """A stream for one task or for several.
 
     Attributes:
+        kind: What `plan` calls it.
         reads_trunk: Whether it reads the trunk's keys and values.
+        names: The names of the tasks.
+        numbers: For each name the task's number.
+        shared_blocks: Blocks of the backbone that the tasks share with it.
 
     Args:
         tasks: The tasks, by name.
         selection: That of the stream.
+        stream: The stream; None for tasks that change nothing.
     """
 
-    reads_trunk = False
+    kind: ClassVar[str]
+    reads_trunk: ClassVar[bool] = False
 
-    def __init__(self, tasks: Mapping[str, Task], selection: Selection) -> None:
+    def __init__(self, tasks: Mapping[str, Task], selection: Selection, stream: Stream | None) -> None:
         self.names = list(tasks)
         self.numbers = {name: number for number, name in enumerate(tasks)}
         self.selection = selection
+        self.shared_blocks = 0
+        self._stream = stream
+        self._stacks: list[Stack] = []
         parts = list(tasks.values())
+        if stream is not None:
+            attach(parts, stream)
         self._classes = [len(task.labels) or None for task in parts]  # None for a whole feature
-        self._heads: tuple[Tensor, Tensor] | None = None
+        self._weight = self._bias = None
         if all(task.head is not None for task in parts):
-            heads = Stack(parts, self.selection)
-            weights = heads.rows(lambda task: task.require_head("tasks").weight.T)  # (tasks, width, classes)
-            self._heads = weights, heads.rows(lambda task: task.require_head("tasks").bias)
+            heads = self._stack([task.head for task in parts])
+            self._weight, self._bias = heads.tensor("weight"), heads.tensor("bias")
+
+    def _stack(self, parts: Sequence[Any]) -> Stack:
+        stack = Stack(parts, self.selection)
+        self._stacks.append(stack)
+        return stack
+
+    def begin(self, index: Tensor | None = None, *, by_row: bool = False) -> None:
+        """Say which of several tasks the next pass is for; a lane of one task need not be told.
+
+        Args:
+            index: Numbers of the tasks, one for each token or for each image; None for all of them.
+            by_row: Whether each image has its own.
+        """
+        self.selection.choose(index, by_row=by_row)
+        for stack in self._stacks:
+            stack.refresh()
+        if self._stream is not None:
+            self._stream.refresh()
 
     def follow(
         self, names: Sequence[str], *, by_row: bool, images: Tensor | None, device: torch.device
@@ -88,37 +116,36 @@ class Lane(ABC):
         return None
 
     @abstractmethod
-    def features(self, seen: Seen) -> Tensor:
+    def features(self, batch: Batch) -> Tensor:
         """What the heads read: (batch, tasks, width), or (batch, 1, width) where each image has its own task."""
 
-    def run(self, seen: Seen, index: Tensor | None, *, by_row: bool) -> Tensor:
+    def run(self, batch: Batch) -> Tensor:
         """Logits, (batch, tasks, most classes); those beyond a task's own classes mean nothing. Without heads features.
 
-        Args:
-            seen: The images.
-            index: Numbers of the tasks, one for each token or for each image; None for all of them.
-            by_row: Whether each image has its own.
+        For the tasks that `begin` was told.
         """
-        self.selection.choose(index, by_row=by_row)
-        features = self.features(seen)
-        if self._heads is None:
+        features = self.features(batch)
+        if self._weight is None or self._bias is None:
             return features
-        weights, biases = self._heads
-        return per_task(features.to(weights.dtype), self.selection.spread(weights)) + self.selection.spread(biases)
+        return linear_per_task(features, self._weight(), self._bias())
 
-    @eager
-    def all(self, seen: Seen, names: Sequence[str]) -> dict[str, Tensor]:
+    @outside_graphs
+    def all(self, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
         """The logits (batch, classes), or features (batch, width), of some of the lane's tasks for all images."""
-        logits = self.run(seen, self._index(names, seen.pixel_values.device, by_row=False), by_row=False)
+        assert batch.pixel_values is not None
+        self.begin(self._index(names, batch.pixel_values.device, by_row=False))
+        logits = self.run(batch)
         return {name: logits[:, place, : self._classes[self.numbers[name]]] for place, name in enumerate(names)}
 
-    @eager
-    def each(self, seen: Seen, names: Sequence[str]) -> list[Tensor]:
+    @outside_graphs
+    def each(self, batch: Batch, names: Sequence[str]) -> list[Tensor]:
         """The logits (1, classes), or features (1, width), of one task for each image."""
-        logits = self.run(seen, self._index(names, seen.pixel_values.device, by_row=True), by_row=True)
-        return [logits[row, :, : self._classes[self.numbers[name]]] for row, name in enumerate(names)]
+        assert batch.pixel_values is not None
+        self.begin(self._index(names, batch.pixel_values.device, by_row=True), by_row=True)
+        logits = self.run(batch)
+        return [logits[image, :, : self._classes[self.numbers[name]]] for image, name in enumerate(names)]
 
-    @eager
+    @outside_graphs
     def _index(self, names: Sequence[str], device: torch.device, *, by_row: bool) -> Tensor | None:
         """The numbers of tasks; None for all of them in their order, for all images."""
         numbers = [self.numbers[name] for name in names]
@@ -129,12 +156,18 @@ class Lane(ABC):
 class HeadLane(Lane):
     """Tasks that change nothing: their heads read the trunk's own feature."""
 
-    def features(self, seen: Seen) -> Tensor:
+    kind = "head alone"
+
+    def __init__(self, backbone: Backbone, tasks: Mapping[str, Task]) -> None:
+        super().__init__(tasks, Selection(), None)
+        self.shared_blocks = backbone.depth
+
+    def features(self, batch: Batch) -> Tensor:
         """The trunk's feature, for each task."""
-        assert seen.current.query is not None
+        assert batch.current.query is not None
         index = self.selection.index
         tasks = len(self.names) if index is None else len(index)
-        return seen.current.query.unsqueeze(1).expand(-1, 1 if self.selection.by_row else tasks, -1)
+        return batch.current.query.unsqueeze(1).expand(-1, 1 if self.selection.by_row else tasks, -1)
 
 
 class MaskedLane(Lane):
@@ -142,48 +175,49 @@ class MaskedLane(Lane):
 
     Args:
         backbone: The backbone.
-        tasks: The tasks, by name; more than one only of stackable methods.
+        tasks: The tasks, by name.
         extend: Gives the pass as tasks see it that extend others; None for the trunk's own.
     """
 
+    kind = "task stream"
     reads_trunk = True
 
     def __init__(
-        self, backbone: Backbone, tasks: Mapping[str, Task], extend: Callable[[Seen], Pass] | None = None
+        self, backbone: Backbone, tasks: Mapping[str, Task], extend: Callable[[Batch], Pass] | None = None
     ) -> None:
         self.stream = TaskStream(backbone)
-        super().__init__(tasks, self.stream.selection)
-        parts = list(tasks.values())
-        attach(parts, self.stream)
-        self._tokens = Stack(parts, self.selection).rows(lambda task: task.token()[0, 0])  # (tasks, width)
+        super().__init__(tasks, self.stream.selection, self.stream)
+        self.shared_blocks = backbone.depth
+        self._tokens = self._stack(list(tasks.values())).tensor("class_token")
         self._extend = extend
 
-    @eager
+    @outside_graphs
     def follow(
         self, names: Sequence[str], *, by_row: bool, images: Tensor | None, device: torch.device
     ) -> Follower | None:
         """A pass that goes along with the trunk, unless it needs what is known only after the trunk."""
         if self._extend is not None or self.stream.needs_query:
             return None
-        self.selection.choose(self._index(names, device, by_row=by_row), by_row=by_row)
-        return Follower(self.stream, self.selection.spread(self._tokens), images)
+        self.begin(self._index(names, device, by_row=by_row), by_row=by_row)
+        return Follower(self.stream, _flat(self._tokens()), images)
 
-    def features(self, seen: Seen) -> Tensor:
+    def features(self, batch: Batch) -> Tensor:
         """The features of the task tokens."""
-        if self in seen.followed:
-            return seen.followed[self]
-        return self.stream.features(self._current(seen), self.selection.spread(self._tokens))
+        if self in batch.followed:
+            return batch.followed[self]
+        return self.stream.features(self.extended(batch), _flat(self._tokens()))
 
-    def record(self, seen: Seen) -> list[list[KeysValues]]:
+    def record(self, batch: Batch) -> list[list[KeysValues]]:
         """For each block the keys and values of all tasks' tokens, and of what is theirs."""
         record: list[list[KeysValues]] = []
-        self.selection.choose(None, by_row=False)
-        current = replace(self._current(seen), record=record)
-        self.stream.features(current, self.selection.spread(self._tokens))
+        self.begin()
+        current = replace(self.extended(batch), record=record, weights=None)
+        self.stream.features(current, _flat(self._tokens()))
         return record
 
-    def _current(self, seen: Seen) -> Pass:
-        return seen.current if self._extend is None else self._extend(seen)
+    def extended(self, batch: Batch) -> Pass:
+        """The pass of the trunk as these tasks see it, with what belongs to those that they extend."""
+        return batch.current if self._extend is None else self._extend(batch)
 
 
 class AdaptedLane(Lane):
@@ -191,64 +225,73 @@ class AdaptedLane(Lane):
 
     Args:
         backbone: The backbone.
-        tasks: The tasks, by name; more than one only of stackable methods.
-        first_block: The block at which the stream starts.
+        tasks: The tasks, by name.
+        first_block: The block at which the stream starts, from the states that the trunk kept; 0 to run from images on.
+        options: Further ones of the stream.
     """
 
-    def __init__(self, backbone: Backbone, tasks: Mapping[str, Task], first_block: int) -> None:
-        self.stream = AdaptedStream(backbone, first_block=first_block)
-        super().__init__(tasks, self.stream.selection)
-        self.first_block = first_block
-        parts = list(tasks.values())
-        attach(parts, self.stream)
-        self._tokens: Tensor | None = None
-        if any(task.class_token is not None for task in parts):
-            own = backbone.class_token
-            assert own is not None
-            tokens = [task.token() if task.class_token is not None else own.view(1, 1, -1) for task in parts]
-            self._tokens = torch.cat([token.detach().float() for token in tokens])  # (tasks, 1, width)
+    kind = "adapted stream"
+
+    def __init__(self, backbone: Backbone, tasks: Mapping[str, Task], first_block: int = 0, **options: Any) -> None:
+        self.stream = AdaptedStream(backbone, first_block=first_block, **options)
+        super().__init__(tasks, self.stream.selection, self.stream)
+        self.shared_blocks = first_block
+        parts = [None if task.class_token is None else task for task in tasks.values()]
+        if any(part is not None for part in parts):
+            self._tokens = self._stack(parts).tensor("class_token", neutral=torch.nan)
+            self._some_lack_it = None in parts
             self.stream.view.set_class_token(self._class_tokens)
 
     def _class_tokens(self) -> Tensor:
-        assert self._tokens is not None
-        return self.selection.spread(self._tokens).flatten(0, 1)
+        """The class tokens, (1 or images, 1, width): the backbone's own for a task without one."""
+        tokens = _flat(self._tokens())
+        if not self._some_lack_it:
+            return tokens
+        own = self.stream.view.class_token
+        assert own is not None
+        return torch.where(tokens.isnan(), own.view(1, 1, -1).to(tokens.dtype), tokens)
 
-    def features(self, seen: Seen) -> Tensor:
+    def features(self, batch: Batch) -> Tensor:
         """Features of the images for each of the tasks: the rows of one batch, task after task."""
-        if self.selection.by_row:
-            return self._run(seen, copies=1).unsqueeze(1)
-        index, batch = self.selection.index, seen.pixel_values.shape[0]
+        if len(self.names) == 1 or self.selection.by_row:
+            return self._run(batch, copies=1).unsqueeze(1)
+        assert batch.pixel_values is not None
+        index, images = self.selection.index, batch.pixel_values.shape[0]
         if index is None:
-            index = torch.arange(len(self.names), device=seen.pixel_values.device)
-        self.selection.choose(index.repeat_interleave(batch), by_row=True)
-        features = self._run(seen, copies=len(index))
+            index = torch.arange(len(self.names), device=batch.pixel_values.device)
+        self.selection.choose(index.repeat_interleave(images), by_row=True)
+        features = self._run(batch, copies=len(index))
         self.selection.choose(index, by_row=False)
-        return features.unflatten(0, (len(index), batch)).transpose(0, 1)
+        return features.unflatten(0, (len(index), images)).transpose(0, 1)
 
-    def _run(self, seen: Seen, copies: int) -> Tensor:
-        current = Pass()
-        if self.stream.needs_query:
-            assert seen.current.query is not None
-            current.query = seen.current.query.repeat(copies, 1)
-        if self.first_block:
-            current.states = seen.current.kept[self.first_block].repeat(copies, 1, 1)
-            images = seen.pixel_values[:1]  # which the tower asks for; what follows from them is not used
-        else:
-            images = seen.pixel_values.repeat(copies, 1, 1, 1)
-        return self.stream.features(images, interpolate_pos_encoding=seen.interpolate, current=current)
+    def _run(self, batch: Batch, copies: int) -> Tensor:
+        assert batch.pixel_values is not None
+        known, images = batch.current, batch.pixel_values
+        current = Pass(query=_copied(known.query, copies), weights=known.weights)
+        if self.shared_blocks:
+            current.states = _copied(known.kept[self.shared_blocks], copies)
+            images = images[:1]  # which the tower asks for; what follows from them is not used
+        elif copies > 1:
+            images = images.repeat(copies, 1, 1, 1)
+        return self.stream.features(images, interpolate_pos_encoding=batch.interpolate, current=current)
 
 
-def attach(tasks: Sequence[Task], stream: AdaptedStream | TaskStream) -> None:
-    """Make a stream use the adapters of one task, or of several."""
-    if len(tasks) == 1 and not tasks[0].stackable:
-        for adapter in tasks[0].adapters:
-            adapter.attach(stream)
-        return
+def _flat(class_tokens: Tensor) -> Tensor:
+    """Class tokens (1 or images, 1 or tasks, 1, 1, width) as (1 or images, 1 or tasks, width)."""
+    return class_tokens.flatten(2)
+
+
+def _copied(states: Tensor | None, copies: int) -> Tensor | None:
+    if states is None or copies == 1:
+        return states
+    return states.repeat(copies, *[1] * (states.ndim - 1))
+
+
+def attach(tasks: Sequence[Task], stream: Stream) -> None:
+    """Make a stream use the adapters of its tasks."""
     for kind in dict.fromkeys(type(adapter) for task in tasks for adapter in task.adapters):
         own = [[adapter for adapter in task.adapters if type(adapter) is kind] for task in tasks]
         for number in range(max(len(adapters) for adapters in own)):  # a task may have several of one method
-            kind.attach_stack([_get(adapters, number) for adapters in own], stream)
-
-
-def _get(adapters: Sequence[Any], number: int) -> Any:
-    return adapters[number] if number < len(adapters) else None
+            kind.attach(stream, [adapters[number] if number < len(adapters) else None for adapters in own])
+        for site in stream.sites:
+            site.source_methods += [kind.config_class.method] * (len(site.sources) - len(site.source_methods))

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from ..backbones import Backbone
 from ..streams import Trunk
-from .lanes import AdaptedLane, HeadLane, Lane, MaskedLane, Seen
+from .lanes import Batch, Lane
 
 
 @dataclass(frozen=True)
@@ -82,18 +82,16 @@ def make_plan(trunk: Trunk, lanes: Sequence[Lane]) -> Plan:
     model = backbone.model
     image = torch.zeros(1, backbone.channels, *backbone.image_size, dtype=model.dtype, device=model.device)
     current, _ = trunk.answer(image)
-    seen = Seen(image, current, interpolate=False)
+    batch = Batch(current, image)
     own = _count(lambda: trunk.answer(image))
-    planned = [_plan_lane(lane, seen, backbone.depth) for lane in lanes]
+    planned = [_plan_lane(lane, batch) for lane in lanes]
     return Plan(type(model).__name__, backbone.depth, own, tuple(planned))
 
 
-def _plan_lane(lane: Lane, seen: Seen, depth: int) -> PlannedLane:
-    added = _count(lambda: lane.run(seen, None, by_row=False))
-    if isinstance(lane, AdaptedLane):
-        return PlannedLane(tuple(lane.names), "adapted stream", lane.first_block, added)
-    stream = {MaskedLane: "task stream", HeadLane: "head alone"}[type(lane)]
-    return PlannedLane(tuple(lane.names), stream, depth, added)
+def _plan_lane(lane: Lane, batch: Batch) -> PlannedLane:
+    lane.begin()
+    lane.run(batch)  # which makes what is kept
+    return PlannedLane(tuple(lane.names), lane.kind, lane.shared_blocks, _count(lambda: lane.run(batch)))
 
 
 def _count(function: Callable[[], Any]) -> int:

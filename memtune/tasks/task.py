@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..backbones import TOWERS, Backbone
 from ..errors import CheckpointError, ConfigError, UnsupportedBackboneError
 from ..methods import Adapter, AdapterConfig, create_adapter, find_method
-from ..streams import AdaptedStream, TaskStream
 
 HEAD_STD = 0.02
 """Standard deviation of a new head's weights, as in transformers' vision models."""
@@ -87,20 +86,8 @@ class Task(nn.Module):
         """The names of the methods."""
         return [config.method for config in self.configs]
 
-    @property
-    def stackable(self) -> bool:
-        """Whether it can share a stream with other tasks."""
-        return all(adapter.stackable for adapter in self.adapters)
-
     def _keys(self) -> list[str]:
         return [key for adapter in self.adapters for key in adapter.state_dict()]
-
-    def attach(self, stream: AdaptedStream | TaskStream) -> None:
-        """Make a stream use this task's adapters."""
-        for adapter in self.adapters:
-            adapter.attach(stream)
-        if self.class_token is not None and not stream.masked:
-            stream.view.set_class_token(self.token)
 
     def token(self) -> Tensor:
         """The class token, (1, 1, width).

@@ -128,11 +128,11 @@ class TokenTune(TrainingCallback):
             return forward(states, *args, **kwargs, memtune_pass=current)
         every = _Tokens()
         with _no_gradient(states.device.type):
-            output = forward(states, *args, **kwargs, memtune_pass=current.seeing(every.keep))
+            output = forward(states, *args, **kwargs, memtune_pass=current.with_keys_values(every.keep))
         own = partial(every.read, positions, exact)
         kwargs = view.family.selected_arguments(view.tower, positions, kwargs)
         rows = torch.arange(batch, device=states.device)[:, None]
-        selected = forward(states[rows, positions], *args, **kwargs, memtune_pass=current.seeing(own))
+        selected = forward(states[rows, positions], *args, **kwargs, memtune_pass=current.with_keys_values(own))
         if not isinstance(output, tuple):
             return pass_gradient(output, selected, positions, 1, exact)
         return (pass_gradient(output[0], selected[0], positions, 1, exact), *output[1:])

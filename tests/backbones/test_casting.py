@@ -107,7 +107,7 @@ def test_a_task_stream_trains_as_before(monkeypatch):
     gradients = []
     for keep in (True, False):
         if not keep:
-            monkeypatch.setattr("memtune.streams.streams.keep_casts", lambda module: None)
+            monkeypatch.setattr("memtune.streams.task_stream.keep_casts", lambda module: None)
         torch.manual_seed(0)
         methods = [memtune.MemoryConfig(2), memtune.LoraConfig(r=2)]
         tuned = copy.deepcopy(memtune.wrap(case.build(), methods, num_labels=3, masked=True)).train()

@@ -34,7 +34,7 @@ from memtune.backbones.fused import LinearPart
 from memtune.errors import CheckpointError, ConfigError, InputError, UnsupportedBackboneError
 from memtune.explaining.explanation import explain
 from memtune.models.export import export_program
-from memtune.streams.streams import Trunk
+from memtune.streams import Trunk
 from memtune.training.token_selection import TokenTune
 
 VIT = BY_NAME["timm-vit"]

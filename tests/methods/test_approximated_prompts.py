@@ -20,8 +20,8 @@ from memtune.backbones.backbone import Backbone
 from memtune.backbones.families import PLAIN_TOWERS, TOWERS
 from memtune.errors import ConfigError, UnsupportedBackboneError
 from memtune.methods import ApproximatedPromptConfig, LoraConfig, MemoryConfig
-from memtune.methods.approximated_prompts import ApproximatedPromptAdapter, BlockPrompts
-from memtune.streams.streams import AdaptedStream
+from memtune.methods.approximated_prompts import ApproximatedPromptAdapter, BlockPrompts, _Terms
+from memtune.streams import AdaptedStream, Selection, Stack
 
 VIT = BY_NAME["vit"]
 SMALL = {"n": 5, "r": 2}
@@ -145,7 +145,7 @@ def test_vilt_runs_on_a_view_with_text_and_image() -> None:
     adapter = ApproximatedPromptAdapter(ApproximatedPromptConfig(**SMALL), backbone).eval()
     scramble(adapter.parameters())
     stream = AdaptedStream(backbone)
-    adapter.attach(stream)
+    adapter.attach(stream, [adapter])
 
     def logits(model: Any) -> Tensor:
         torch.manual_seed(0)  # ViLT puts the patches in a random order
@@ -242,6 +242,10 @@ def test_multiply_adds_are_the_formula(masked: bool) -> None:
     assert multiply_adds(model) - multiply_adds(plain) == blocks * (batch * 2 * tokens * n * width + transform)
 
 
+def terms(prompts: BlockPrompts) -> Any:
+    return _Terms(Stack([prompts], Selection()), softmax=False)
+
+
 def test_prompts_start_as_released() -> None:
     prompts = BlockPrompts(64, ApproximatedPromptConfig(n=400, r=40))
     assert 0.019 < prompts.prompts.std() < 0.021
@@ -249,7 +253,7 @@ def test_prompts_start_as_released() -> None:
     assert not prompts.prompt_B.any()
     assert prompts.prompt_scale.tolist() == [0]
     states = nn.functional.layer_norm(torch.randn(1, 50, 768), (768,))
-    term = BlockPrompts(768, ApproximatedPromptConfig())(states, torch.zeros_like(states))
+    term = terms(BlockPrompts(768, ApproximatedPromptConfig()))(states, torch.zeros_like(states))
     assert 0.17 < term.square().mean().sqrt() < 0.21  # as the file's head says
 
 
@@ -257,7 +261,7 @@ def test_the_weight_is_held_constant() -> None:
     prompts = BlockPrompts(4, ApproximatedPromptConfig(n=3, r=1))
     scramble(prompts.parameters())
     states = torch.randn(1, 2, 4, requires_grad=True)
-    (gradient,) = torch.autograd.grad(prompts(states, torch.zeros(1, 2, 4)).sum(), states)
+    (gradient,) = torch.autograd.grad(terms(prompts)(states, torch.zeros(1, 2, 4)).sum(), states)
     with torch.no_grad():
         moved = prompts.prompts + prompts.prompts @ prompts.prompt_A @ prompts.prompt_B
         scores = (states @ moved.T).relu()

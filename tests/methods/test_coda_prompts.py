@@ -28,8 +28,8 @@ import memtune
 from memtune.backbones.backbone import Backbone
 from memtune.errors import ConfigError
 from memtune.methods import ApproximatedPromptConfig, CodaPromptConfig, LoraConfig, MemoryConfig
-from memtune.methods.coda_prompts import BlockPool, CodaPromptAdapter
-from memtune.streams.streams import Trunk
+from memtune.methods.coda_prompts import BlockPool, CodaPromptAdapter, _Source
+from memtune.streams import Selection, Stack, Trunk
 
 VIT = BY_NAME["vit"]
 SMALL: dict[str, Any] = {"pool_size": 6, "prompt_length": 4, "num_tasks": 3, "blocks": (0, 1)}
@@ -173,7 +173,7 @@ def test_weights_and_prompts_task_by_task(task: int) -> None:
     query = torch.randn(5, 16)
     for index, pool in pools_of(model).items():
         expected = slow_prompts(query, pool, 2 * (task + 1))
-        composed = adapter_of(model)._pools()[index].compose(query)
+        composed = _Source(Stack([adapter_of(model)._pools()[index]], Selection())).compose(query).squeeze(1)
         torch.testing.assert_close(composed, expected, atol=1e-6, rtol=1e-5)
         assert not pool["prefix"][2 * (task + 1) :].any()
 

@@ -246,22 +246,23 @@ def test_masked_equals_the_formula_written_out():
     torch.testing.assert_close(tuned(VIT.images(3)).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def seen(matrices, states):
+def updated(factors, states):
     """K' or V', (batch, heads, tokens, head width)."""
-    (down,), (up,) = (each[0] for each in matrices())
+    (down,), (up,), (scaling,) = (each[0] for each in factors())
     merged = states.transpose(1, 2).flatten(2)  # (batch, tokens, width)
-    return (merged + merged @ down @ up).unflatten(2, (states.shape[1], -1)).transpose(1, 2)
+    return (merged + scaling * (merged @ down.T @ up.T)).unflatten(2, (states.shape[1], -1)).transpose(1, 2)
 
 
 def slow_scores(site, trunk, query):
     key = trunk.key
-    key = key + sum(seen(reader._key, key) - key for reader in site.readers if reader._key)
+    key = key + sum(updated(update._key, key) - key for update in site.updates if update._key)
     return query @ key.mT + (0 if trunk.bias is None else trunk.bias)
 
 
 def slow_context(site, trunk, weights):
     value = trunk.value
-    return weights @ (value + sum(seen(reader._value, value) - value for reader in site.readers if reader._value))
+    changes = [updated(update._value, value) - value for update in site.updates if update._value]
+    return weights @ (value + sum(changes))
 
 
 @pytest.fixture

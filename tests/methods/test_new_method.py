@@ -20,7 +20,7 @@ from torch import Tensor
 import memtune
 from memtune.backbones.backbone import Backbone
 from memtune.methods import registry
-from memtune.streams.streams import TaskStream, Trunk
+from memtune.streams import TaskStream, Trunk
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "new_method.py"
 VIT = BY_NAME["vit"]

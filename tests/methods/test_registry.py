@@ -33,20 +33,23 @@ class ShiftAdapter(Adapter[ShiftConfig]):
 
     def __init__(self, config: ShiftConfig, backbone: Any) -> None:
         super().__init__(config, backbone)
-        shifts = {str(block.index): nn.Parameter(torch.zeros(block.width)) for block in config.select(backbone)}
-        self.shifts = nn.ParameterDict(shifts)
+        self.blocks = nn.ModuleDict()
+        for block in config.select(backbone):
+            self.blocks[str(block.index)] = nn.ParameterDict({"shift": torch.zeros(block.width)})
 
-    def attach(self, stream: Any) -> None:
-        for index, shift in self.shifts.items():
-            stream.view.blocks[int(index)]["out"].register_forward_hook(_Shift(shift, self.config.scale))
+    @classmethod
+    def attach(cls, stream: Any, adapters: Any) -> None:
+        (scale,) = {adapter.config.scale for adapter in adapters if adapter}
+        for block, stack in stream.stacks(adapters):
+            block["out"].register_forward_hook(_Shift(stack.tensor("shift"), scale))
 
 
 class _Shift:
-    def __init__(self, shift: Tensor, scale: float) -> None:
+    def __init__(self, shift: Any, scale: float) -> None:
         self.shift, self.scale = shift, scale
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output + self.scale * self.shift
+        return output + self.scale * self.shift.like(output)
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +85,7 @@ def test_a_method_of_another_package_is_one_class(case: Any, masked: bool) -> No
     model = memtune.wrap(case.build(), [MemoryConfig(), ShiftConfig()], num_labels=2, masked=masked)
     model(case.images(), labels=torch.tensor([0, 1])).loss.backward()
     assert model.task.methods == ["memory", "shift"]
-    assert "shifts.0" in model.task.tensors()
+    assert "blocks.0.shift" in model.task.tensors()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.task.parameters())
 
 

@@ -109,9 +109,9 @@ class Mixed:
 
 
 @pytest.mark.parametrize("tasks", [1, 3])
-def test_readers_change_what_tasks_see_of_the_trunk(module: Any, tasks: int) -> None:
+def test_updates_change_what_tasks_see_of_the_trunk(module: Any, tasks: int) -> None:
     query, key, value, trunk_key, trunk_value = tensors(tasks, tasks, tasks, 5, 5)
-    module.memtune_site.readers += [Mixed(), Mixed()]
+    module.memtune_site.updates += [Mixed(), Mixed()]
     current = Pass(trunk=[TrunkBlock(key, value, None), TrunkBlock(trunk_key, trunk_value, None)])
     output, _ = stream_attention(module, query, key, value, None, memtune_pass=current, scaling=WIDTH**-0.5)
     mixed_key, mixed_value = (each + 2 * each.roll(1, dims=1) for each in (trunk_key, trunk_value))

@@ -8,8 +8,8 @@ from backbone_zoo import BY_NAME
 from multitask import tune
 
 import memtune
+from memtune.streams import TaskStream, Trunk
 from memtune.streams.passes import Pass
-from memtune.streams.streams import TaskStream, Trunk
 
 CASE = BY_NAME["beit"]  # whose blocks have a bias
 METHODS = {

@@ -16,8 +16,8 @@ import memtune
 from memtune import MemoryConfig
 from memtune.backbones.backbone import Backbone
 from memtune.errors import UnsupportedBackboneError
+from memtune.streams import AdaptedStream, TaskStream, Trunk
 from memtune.streams.passes import Pass
-from memtune.streams.streams import AdaptedStream, TaskStream, Trunk
 
 
 def dense_mask(base: int, memory: int) -> Tensor:

@@ -12,7 +12,7 @@ from memtune import wrap
 from memtune.backbones.backbone import Backbone
 from memtune.errors import ConfigError
 from memtune.methods import LoraConfig, MemoryConfig
-from memtune.tasks.merging import as_classifier, merge
+from memtune.tasks.merging import as_classifier
 
 ROLES = ("query", "key", "value", "out", "fc1", "fc2")
 NO_HEAD = {"vit_mae", "vit_mae-pretraining", "dinov3", "dinov3-gated", "siglip"}
@@ -33,7 +33,7 @@ def test_merged_model_equals_the_tuned_one(case, settings, tmp_path):
     tuned = tuned_by_lora(case, backbone, **settings)
     before, images = snapshot(backbone), case.images()
     expected = tuned(images).logits
-    merged = merge(tuned)
+    merged = tuned.merge()
     assert type(merged).__name__.endswith("ForImageClassification")
     assert type(merged).__module__.startswith("transformers.")
     torch.testing.assert_close(merged(images).logits, expected, atol=1e-5, rtol=1e-5)
@@ -43,7 +43,7 @@ def test_merged_model_equals_the_tuned_one(case, settings, tmp_path):
     # The tuned model and its backbone are as they were, and a second merge is the same.
     assert torch.equal(tuned(images).logits, expected)
     assert_same(backbone, before)
-    again = merge(tuned).state_dict()
+    again = tuned.merge().state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in merged.state_dict().items())
     # What is saved opens without memtune, every weight found.
     merged.save_pretrained(tmp_path)
@@ -58,7 +58,7 @@ def test_merged_model_equals_the_tuned_one(case, settings, tmp_path):
 def test_without_a_fitting_class_the_backbone_is_merged_and_a_warning_says_so(case):
     tuned = tuned_by_lora(case)
     with pytest.warns(UserWarning, match="head is left out"):
-        merged = merge(tuned)
+        merged = tuned.merge()
     assert type(merged) is type(tuned.backbone)
     feature = case.facts.feature(case.tower(merged), case.run_tower(merged, case.images()))
     torch.testing.assert_close(feature, tuned.features(case.images()), atol=1e-5, rtol=1e-5)
@@ -77,7 +77,7 @@ def test_a_view_as_a_classifier_shares_the_weights(case):
 
 def test_merged_weights_are_those_of_the_formula():
     tuned = tuned_by_lora(VIT, lora_alpha=6)
-    tensors, merged = tuned.task.tensors(), Backbone(merge(tuned))
+    tensors, merged = tuned.task.tensors(), Backbone(tuned.merge())
     for block, own in zip(merged.blocks, Backbone(tuned.backbone).blocks, strict=True):
         for role in ROLES:
             down, up = (tensors[f"blocks.{block.index}.{role}.lora_{part}"] for part in "AB")
@@ -87,7 +87,7 @@ def test_merged_weights_are_those_of_the_formula():
 
 def test_half_precision_stays():
     tuned = tuned_by_lora(VIT, VIT.build().bfloat16(), r=2)
-    merged = merge(tuned)
+    merged = tuned.merge()
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
     images = VIT.images().bfloat16()
     expected = tuned(images).logits
@@ -96,9 +96,9 @@ def test_half_precision_stays():
 
 def test_what_cannot_be_merged_is_refused():
     with pytest.raises(ConfigError, match="masked adapter cannot be merged"):
-        merge(wrap(VIT.build(), LoraConfig(), num_labels=2, masked=True))
+        wrap(VIT.build(), LoraConfig(), num_labels=2, masked=True).merge()
     with pytest.raises(ConfigError, match="'memory' cannot be merged"):
-        merge(wrap(VIT.build(), [LoraConfig(), MemoryConfig(2)], num_labels=2))
+        wrap(VIT.build(), [LoraConfig(), MemoryConfig(2)], num_labels=2).merge()
 
 
 def test_quantised_weights_are_refused():

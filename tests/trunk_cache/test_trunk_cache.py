@@ -19,7 +19,7 @@ from memtune import TrainingConfig
 from memtune.backbones.backbone import Backbone
 from memtune.errors import ConfigError, InputError, MemtuneError
 from memtune.preparation.loaders import cache_settings, make_accelerator
-from memtune.streams.streams import Trunk
+from memtune.streams import Trunk
 from memtune.trunk_cache.filling import cached_dataset
 from memtune.trunk_cache.reader import BatchReader
 from memtune.trunk_cache.store import TrunkCache, describe_trunk, to_pass

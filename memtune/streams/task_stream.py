@@ -1,0 +1,54 @@
+"""Masked mode: the task stream, a pass of task tokens beside the trunk."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..backbones import Backbone
+from ..casting import keep_casts
+from .attention import install
+from .passes import Pass
+from .stream import Stream
+
+
+class TaskStream(Stream):
+    """The pass of task tokens through the backbone's blocks, reading the trunk and never writing to it.
+
+    Where a source asks for the query, that is there only when the trunk has ended.
+    """
+
+    masked = True
+
+    def __init__(self, backbone: Backbone) -> None:
+        view = backbone.view()
+        super().__init__(view, install(view, "memtune_stream"))
+        for block in self.view.blocks:
+            self.view.family.prepare_stream(block.module)
+            keep_casts(block.module)
+
+    def features(self, current: Pass, class_tokens: Tensor) -> Tensor:
+        """Features (batch, tasks, width) of tasks.
+
+        Args:
+            current: A pass that the trunk has filled.
+            class_tokens: The class tokens of the tasks, (1 or batch, tasks, width).
+        """
+        tokens = self.start(class_tokens, batch=current.trunk[0].key.shape[0])
+        for block in self.view.blocks:
+            tokens = self.step(block.index, tokens, current)
+        return self.finish(tokens)
+
+    def start(self, class_tokens: Tensor, *, batch: int) -> Tensor:
+        """The tokens (batch, tasks, width) that enter the first block."""
+        return self.view.start(class_tokens).expand(batch, -1, -1)
+
+    def step(self, index: int, tokens: Tensor, current: Pass) -> Tensor:
+        """The tokens after one block."""
+        module = self.view.blocks[index].module
+        arguments = self.view.family.stream_arguments(module, self.view.tower, tokens)
+        output = module(tokens, **arguments, memtune_pass=current)
+        return output[0] if isinstance(output, tuple) else output
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        """The features of the tokens that leave the last block."""
+        return self.view.finish(tokens)
