@@ -1,54 +1,42 @@
 """Frozen linear layers under autocast: their weights are cast once, not at each pass.
 
 Autocast keeps what it has cast of a parameter only where that needs a gradient. A task stream has few tokens, so that
-casting the backbone's weights for them takes as long as computing with them.
+casting the backbone's weights for them takes as long as computing with them. On an accelerator a cast takes less time
+than finding out whether the weight has changed, so there autocast does as ever.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-
-class _Cast(NamedTuple):
-    """What was made of a parameter, and of which state of it."""
-
-    source: Tensor
-    place: int
-    version: int
-    result: Tensor
-
-    def holds(self, parameter: Tensor, dtype: torch.dtype) -> bool:
-        """Whether it is what would be made of a parameter now."""
-        same = self.source is parameter and self.place == parameter.data_ptr() and self.version == parameter._version
-        return same and self.result.dtype == dtype
+from .keeping import Kept
 
 
 class FrozenLinear(nn.Linear):
     """A frozen linear layer of a view that keeps its weight and bias in the type that autocast asks for."""
 
-    _casts: dict[str, _Cast]
+    _kept: dict[str, Kept[Tensor]]
+    _casts: dict[str, Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
         """W x + b of x (..., in), as ever."""
-        device = input.device.type
-        casts = torch.is_autocast_enabled(device) and self.weight.dtype != torch.float64  # as autocast itself
-        keeps = casts and not self.weight.requires_grad
+        casts = torch.is_autocast_enabled("cpu") and self.weight.dtype != torch.float64  # as autocast itself
+        keeps = casts and input.device.type == "cpu" and not self.weight.requires_grad
         if not keeps or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
             return super().forward(input)
-        dtype = torch.get_autocast_dtype(device)
+        dtype = torch.get_autocast_dtype("cpu")
         return linear(input, self._cast("weight", dtype), None if self.bias is None else self._cast("bias", dtype))
 
     def _cast(self, name: str, dtype: torch.dtype) -> Tensor:
-        parameter = getattr(self, name)
-        cast = self._casts.get(name)
-        if cast is None or not cast.holds(parameter, dtype):
-            cast = _Cast(parameter, parameter.data_ptr(), parameter._version, parameter.detach().to(dtype))
-            self._casts[name] = cast
-        return cast.result
+        """A parameter in autocast's type; made anew when the parameter has changed."""
+        self._casts[name] = cast = self._kept[name].of([getattr(self, name)], state=dtype)
+        return cast
+
+
+def _cast(parameter: Tensor) -> Tensor:
+    return parameter.detach().to(torch.get_autocast_dtype("cpu"))
 
 
 def keep_casts(module: nn.Module) -> None:
@@ -60,3 +48,4 @@ def keep_casts(module: nn.Module) -> None:
         if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter:
             layer.__class__ = FrozenLinear
             layer.__dict__["_casts"] = {}
+            layer.__dict__["_kept"] = {"weight": Kept(_cast), "bias": Kept(_cast)}

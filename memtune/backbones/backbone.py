@@ -195,7 +195,7 @@ class Backbone:
     def class_token(self) -> nn.Parameter | None:
         """The class token before its position is added, or None."""
         path = self.family.class_token
-        return None if path is None else self.tower.get_parameter(path)
+        return None if path is None else attrgetter(path)(self.tower)  # in a replica of nn.DataParallel no parameter
 
     @property
     def reads_class_token(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
@@ -16,28 +17,34 @@ class Hold:
     """
 
     def __init__(self, backbone: nn.Module) -> None:
-        other = next(iter(_HOLDS.get(backbone, ())), None)
-        if other is None:
-            self.thawed = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
-            self.was_training = backbone.training
-        else:
-            self.thawed, self.was_training = other.thawed, other.was_training
-        self.join(backbone)
+        with _COUNTING:
+            other = next(iter(_HOLDS.get(backbone, ())), None)
+            if other is None:
+                self.thawed = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+                self.was_training = backbone.training
+            else:
+                self.thawed, self.was_training = other.thawed, other.was_training
+            self.join(backbone)
 
     def join(self, backbone: nn.Module) -> None:
         """Freeze the backbone and be known as one that holds it (after copying, a copy of the backbone)."""
-        _HOLDS.setdefault(backbone, WeakSet()).add(self)
-        backbone.requires_grad_(False)
+        with _COUNTING:
+            _HOLDS.setdefault(backbone, WeakSet()).add(self)
+            backbone.requires_grad_(False)
 
     def release(self, backbone: nn.Module) -> None:
         """Let go; unless another holds it, the backbone gets its trainable parameters and its mode back."""
-        holds = _HOLDS.get(backbone, WeakSet())
-        holds.discard(self)
-        if holds:
-            return
-        for name, parameter in backbone.named_parameters():
-            parameter.requires_grad_(name in self.thawed)
-        backbone.train(self.was_training)
+        with _COUNTING:
+            holds = _HOLDS.get(backbone, WeakSet())
+            holds.discard(self)
+            if holds:
+                return
+            for name, parameter in backbone.named_parameters():
+                parameter.requires_grad_(name in self.thawed)
+            backbone.train(self.was_training)
 
 
 _HOLDS: WeakKeyDictionary[nn.Module, WeakSet[Hold]] = WeakKeyDictionary()
+
+_COUNTING = threading.RLock()
+"""Held while it is counted who holds a backbone, and while that is frozen or given back."""

@@ -1,13 +1,15 @@
 """Views: the same parameters under other module objects.
 
-A view of a model is a tree of new module objects that share the parameters, buffers and hooks of the originals. What is
-changed in a view (a role replaced, an attention function chosen, a hook placed) is unknown to the original, so the
-original needs no undoing: it was never touched. Casting or moving the original moves its views too, because
+A view of a model is a tree of new module objects that share the parameters and buffers of the originals, and have the
+hooks that these had when it was made. What is changed in a view (a role replaced, an attention function chosen, a hook
+placed) is unknown to the original, so the original needs no undoing: it was never touched. Casting or moving the original moves its views too, because
 `torch.nn.Module` does that in the dictionaries that both share.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -15,7 +17,7 @@ from torch import nn
 from ..errors import UnsupportedBackboneError
 
 
-def shadow(module: nn.Module, _seen: dict[int, nn.Module] | None = None) -> nn.Module:
+def shadow(module: nn.Module, _known: dict[int, nn.Module] | None = None) -> nn.Module:
     """Make a view of `module` in evaluation mode.
 
     Args:
@@ -29,24 +31,50 @@ def shadow(module: nn.Module, _seen: dict[int, nn.Module] | None = None) -> nn.M
         UnsupportedBackboneError: A module carries a `forward` of its own that is bound to the original (as after
             `accelerate.dispatch_model`), so that a view would run the original in its place.
     """
-    seen = {} if _seen is None else _seen
-    if id(module) in seen:
-        return seen[id(module)]
+    known = {} if _known is None else _known
+    if id(module) in known:
+        return known[id(module)]
     if "forward" in module.__dict__:
         raise UnsupportedBackboneError(
             f"{type(module).__name__} has had its forward method replaced on the instance (accelerate's dispatch_model "
             "does so); memtune cannot look inside it. Wrap the model first, or load it without device_map."
         )
     view = object.__new__(type(module))
-    seen[id(module)] = view
+    known[id(module)] = view
     view.__dict__.update(module.__dict__)
     for name, value in module.__dict__.items():
-        if name.endswith("_hooks") and isinstance(value, dict):
+        if _is_of_hooks(name, value):
             view.__dict__[name] = value.copy()
+        elif isinstance(value, MethodType) and value.__self__ is module:  # of the original, on which it would run
+            view.__dict__[name] = MethodType(value.__func__, view)
     view.__dict__["training"] = False
-    children = {name: child and shadow(child, seen) for name, child in module._modules.items()}
+    view.__dict__.pop("_compiled_call_impl", None)  # of `module.compile()`: it would run the original
+    children = {name: child and shadow(child, known) for name, child in module._modules.items()}
     view.__dict__["_modules"] = children
     return view
+
+
+def _is_of_hooks(name: str, value: Any) -> bool:
+    """Whether an attribute of a module is one of torch's dictionaries of hooks, or of marks of hooks."""
+    return "_hooks" in name and isinstance(value, dict)
+
+
+def structure(module: nn.Module) -> Hashable:
+    """What a view is made of beside tensors: it is another one when a view made now would not be as one made before.
+
+    Modules put in or taken out, hooks placed or removed, and a forward that was replaced count; values, devices, types
+    and modes do not, as a view has those of the original.
+    """
+    return tuple(
+        (
+            each,
+            type(each),
+            "forward" in each.__dict__,
+            *each._modules.values(),
+            *(key for hooks in (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks) for key in hooks),
+        )
+        for each in module.modules()
+    )
 
 
 def shadow_config(config: Any) -> Any:
@@ -54,10 +82,3 @@ def shadow_config(config: Any) -> Any:
     copied = object.__new__(type(config))
     copied.__dict__.update(config.__dict__)
     return copied
-
-
-def structure(module: nn.Module) -> Any:
-    """Placeholder."""
-    return tuple(
-        (id(each), type(each), "forward" in each.__dict__, len(each._forward_hooks)) for each in module.modules()
-    )

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..backbones import Backbone, Block
 from ..errors import ConfigError
-from ..streams import KeysValues, Pass, Stack, Stream
+from ..streams import KeysValues, Pass, Stack, Stream, in_front
 from .adapter import Adapter, AdapterConfig
 from .registry import register_method
 
@@ -149,9 +149,10 @@ class _Source:
 
     def compose(self, query: Tensor) -> Tensor:
         """The prompts p (batch, tasks, length, width) of each query (batch, query width)."""
-        prefix, key, attention = (pool() for pool in self._pools)
+        pools = [pool() for pool in self._pools]
         if torch.is_grad_enabled():
-            prefix, key, attention = (_held(each, self._trained()) for each in (prefix, key, attention))
+            pools = [_held(each, self._trained()) for each in pools]
+        prefix, key, attention = map(in_front, pools, (5, 4, 4))
         return _compose(query, prefix, key, attention)
 
 

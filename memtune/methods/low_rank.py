@@ -79,13 +79,17 @@ class _Factors:
 
     def __init__(self, stack: Stack) -> None:
         self._lora_A, self._lora_B = stack.tensor("lora_A"), stack.tensor("lora_B")
-        self._scaling = stack.tensor("scaling")
+        self.scaling = stack.tensor("scaling")
         # Several tasks that are trained at once drop nothing: each would drop values of its own.
         self.dropout = nn.Identity() if stack.alone is None else stack.alone.lora_dropout
 
-    def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A (1 or rows, 1 or tasks, r, d_in), B (..., d_out, r), and s (..., 1)."""
-        return self._lora_A(), self._lora_B(), self._scaling()
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """A (..., r, d_in) and B (..., d_out, r); `...` is nothing for one task, else (1 or rows, 1 or tasks)."""
+        return self._lora_A(), self._lora_B()
+
+    def scaled(self) -> tuple[Tensor, Tensor]:
+        """A and s B."""
+        return self._lora_A(), self._lora_B() * self.scaling().unsqueeze(-1)
 
     @property
     def drops(self) -> bool:
@@ -109,11 +113,12 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """W x + b + s B A x, with DoRA each row of the sum but b scaled, of states (rows, tokens, d_in)."""
-        down, up, scaling = self._factors()
+        down, up = self._factors()
         output = self.base(states)
         dropped = self._factors.dropout(states.to(down.dtype))
         update = per_task(per_task(dropped, down.mT), up.mT)
-        update = (update * fit_rows(scaling, states.shape[0]).to(update.dtype)).to(output.dtype)
+        scaling = self._factors.scaling.like(update)
+        update = (update * scaling).to(output.dtype)
         if self._scale is None:
             return output + update
         bias = 0 if self.base.bias is None else self.base.bias
@@ -135,7 +140,6 @@ class _Lengths:
     def __init__(self, stack: Stack, trained: Stack, base: Any) -> None:
         self._real = stack.made(partial(_row_lengths, base), "lora_A", "lora_B", "scaling", neutral=1.0, of=[base])
         self._trained = trained.tensor("lora_magnitude", neutral=torch.nan)
-        self._all = len(trained.parts) == len(stack.parts)
 
     @classmethod
     def of(cls, stack: Stack, base: Any) -> _Lengths | None:
@@ -146,12 +150,13 @@ class _Lengths:
     def __call__(self, output: Tensor) -> Tensor:
         """The factors for an output (rows, tokens, d_out): (1 or rows, 1 or tasks, d_out); 1 for a task without."""
         scale = self._trained() / self._real()
-        scale = torch.where(scale.isnan(), torch.ones_like(scale), scale) if not self._all else scale
-        return fit_rows(scale, output.shape[0]).to(output.dtype)
+        if not self._trained.complete:
+            scale = torch.where(scale.isnan(), torch.ones_like(scale), scale)
+        return (scale if scale.ndim == 1 else fit_rows(scale, output.shape[0])).to(output.dtype)
 
 
 def _row_lengths(base: Any, down: Tensor, up: Tensor, scaling: Tensor) -> Tensor:
-    """The lengths (tasks, d_out) of the rows of W + s B A, for A (tasks, r, d_in) and B (tasks, d_out, r)."""
+    """The lengths (..., d_out) of the rows of W + s B A, for A (..., r, d_in), B (..., d_out, r) and s (..., 1)."""
     weight = dequantize_module_weight(base).to(up.dtype)
     with torch.no_grad():
         return (weight + scaling.unsqueeze(-1) * (up @ down)).norm(dim=-1)
@@ -181,19 +186,21 @@ class TrunkFactors:
         """S x B A of queries x on all of K, (rows, heads, tasks, width)."""
         if self._key is None:
             return None
-        down, up, scaling = self._key()
-        return self._key.dropout(_through(query, up * scaling.unsqueeze(-1), down))
+        down, up = self._key.scaled()
+        return self._key.dropout(_through(query, up, down))
 
     def context(self, context: Tensor) -> Tensor | None:
         """S (p V) A^T B^T of p V, (rows, heads, tasks, width)."""
         if self._value is None:
             return None
-        down, up, scaling = self._value()
-        return _through(self._value.dropout(context), down.mT, (up * scaling.unsqueeze(-1)).mT)
+        down, up = self._value.scaled()
+        return _through(self._value.dropout(context), down.mT, up.mT)
 
 
 def _through(states: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """The product of states (rows, heads, tasks, in) with two matrices of their tasks, one after the other."""
+    if first.ndim == 2:
+        return per_task(per_task(states, first), second)
     if first.shape[1] == 1:  # one task for each row, so that heads are like tokens
         return per_task(per_task(states.flatten(1, 2), first), second).unflatten(1, states.shape[1:3])
     return per_task(per_task(states.flatten(0, 1), first), second).unflatten(0, states.shape[:2])

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..backbones import Backbone, Block
 from ..errors import ConfigError
-from ..streams import KeysValues, KeyValueSource, Pass, Stack, Stream
+from ..streams import KeysValues, KeyValueSource, Pass, Stack, Stream, in_front
 from .adapter import Adapter, AdapterConfig
 from .registry import register_method
 
@@ -86,14 +86,14 @@ def _source(stack: Stack, block: Block, *, masked: bool) -> KeyValueSource:
         projected = stack.made(partial(_project, block=block), "memory", of=layers)
 
         def made(block: Block, current: Pass) -> KeysValues:
-            key, value = projected()
+            key, value = (in_front(each, 5) for each in projected())
             return KeysValues(key, value, present())
 
         return made
     memory = stack.tensor("memory")
 
     def project(block: Block, current: Pass) -> KeysValues:
-        tokens = memory()  # (1 or images, 1, m, width)
+        tokens = in_front(memory(), 4)  # (1 or images, 1, m, width)
         key, value = _project(tokens.squeeze(1), block)
         return KeysValues(key.unsqueeze(1), value.unsqueeze(1), present())
 
@@ -101,12 +101,12 @@ def _source(stack: Stack, block: Block, *, masked: bool) -> KeyValueSource:
 
 
 def _project(memory: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    """Keys and values (tasks or images, heads, m, head width) of memory (tasks or images, m, width)."""
+    """Keys and values (..., heads, m, head width) of memory (..., m, width)."""
     memory = memory.to(block["norm1"].weight.dtype)
     for norm in block.key_norms:
         memory = norm(memory)
     key, value = (
-        block[role](memory).unflatten(-1, (-1, block.head_width)).transpose(1, 2) for role in ("key", "value")
+        block[role](memory).unflatten(-1, (-1, block.head_width)).transpose(-3, -2) for role in ("key", "value")
     )
     return key, value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 
 _DISABLED: ContextVar[frozenset[int]] = ContextVar("memtune_disabled", default=frozenset())
 """Ids of the models that answer as their backbones do in the present context."""
+
+
+_COUNTING = threading.Lock()
+"""Held while the contexts without an adapter are counted."""
 
 
 class _Views(NamedTuple):
@@ -83,6 +88,7 @@ class TunedModel(SharedModel):
             self.config.label2id = {label: index for index, label in enumerate(task.labels)}
         self._recompute: dict[str, Any] | None = None
         self._enabled = True
+        self._disabling = 0  # contexts without the adapter, of any thread: torch.compile cannot look into a ContextVar
         self._loaded_prefix = ""
         self._views: _Views | None = None
         self._renew()  # first, as it refuses a backbone that has no view
@@ -121,7 +127,7 @@ class TunedModel(SharedModel):
     @property
     def _active(self) -> bool:
         """Whether the adapter is part of the answer in the present context."""
-        return self._enabled and id(self) not in _DISABLED.get()
+        return self._enabled and not (self._disabling and id(self) in _DISABLED.get())
 
     def forward(
         self,
@@ -302,10 +308,16 @@ class TunedModel(SharedModel):
     def disable_adapter(self) -> Iterator[None]:
         """Within this context the model answers as the untouched backbone does; in other threads as ever."""
         before = _DISABLED.set(_DISABLED.get() | {id(self)})
+        self._count(1)
         try:
             yield
         finally:
+            self._count(-1)
             _DISABLED.reset(before)
+
+    def _count(self, more: int) -> None:
+        with _COUNTING:
+            self._disabling += more
 
     def merge(self) -> PreTrainedModel:
         """A plain Hugging Face model with this task in its weights (see `memtune.tasks.merge`); this one stays."""
@@ -371,7 +383,7 @@ class TunedModel(SharedModel):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._views = None
+        self._views, self._disabling = None, 0
         self._hold.join(self.backbone)
 
     def _replicate_for_data_parallel(self) -> TunedModel:

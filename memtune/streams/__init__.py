@@ -9,8 +9,8 @@ from .passes import TrunkBlock as TrunkBlock
 from .passes import extended as extended
 from .stacking import Selection as Selection
 from .stacking import Stack as Stack
-from .stacking import Stacked as Stacked
 from .stacking import fit_rows as fit_rows
+from .stacking import in_front as in_front
 from .stacking import linear_per_task as linear_per_task
 from .stacking import per_task as per_task
 from .stream import Stream as Stream

@@ -84,6 +84,11 @@ class Stack:
             lookup = [len(self.parts) if part is None else next(entries) for part in parts]
             self._lookup = torch.tensor(lookup, device=next(self.parts[0].parameters()).device)
 
+    @property
+    def complete(self) -> bool:
+        """Whether each task of the stream has a part."""
+        return self._lookup is None
+
     def of(self, find: Callable[[Any], Any]) -> Stack | None:
         """A stack of something in each part, which `find` gives, or None for a part that lacks it; None if all do."""
         found = [None if part is None else find(part) for part in self._of_tasks]
@@ -110,7 +115,8 @@ class Stack:
         Where no gradient is recorded it is kept until something behind it changes.
 
         Args:
-            make: Gives a tensor (tasks, ...), or a tuple of such, for the stacked parameters (tasks, ...).
+            make: Gives a tensor, or a tuple of such, for the parameters: of one task as they are, of several with these
+                as first dimension, which what it gives has as well.
             names: The parameters' names.
             neutral: What each value is of a task without a part.
             of: The layers.
@@ -152,7 +158,7 @@ class Stack:
 class Stacked:
     """One parameter of all parts of a stack, or what is made of some; a call gives it for the tasks of the pass.
 
-    Made by `Stack.tensor` and `Stack.made`.
+    Of one task it is the parameter itself, without a dimension in front. Made by `Stack.tensor` and `Stack.made`.
     """
 
     def __init__(
@@ -173,21 +179,29 @@ class Stacked:
         self._value: Any = None
 
     def __call__(self) -> Any:
-        """The tensor (or tensors), (1 or images, 1 or tasks, ...)."""
+        """The tensor (or tensors): of one task as it is, of several (1 or images, 1 or tasks, ...)."""
         alone = self._stack.alone
         if alone is not None:
             parameters = [getattr(alone, each.name) for each in self._entries]
             keeps = self._make is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            return _each(_in_front, self._keep(parameters) if keeps else self._of_one(*parameters))
+            return self._keep(parameters) if keeps else self._of_one(*parameters)
         if torch.is_grad_enabled() and any(each.trains() for each in self._entries):
             return _each(self._stack.spread, self._of_several(*(each.stacked() for each in self._entries)))
         if self._value is None:
             self.refresh()
         return _each(self._stack.spread, self._value)
 
+    @property
+    def complete(self) -> bool:
+        """Whether each task of the stream has one of its own."""
+        return self._stack.complete
+
     def like(self, states: Tensor) -> Tensor:
-        """The same in the type of states (rows, tokens, ...), repeated for the rows that these have of an image."""
-        return fit_rows(self(), states.shape[0]).to(states.dtype)
+        """The same in the type of states (rows, tokens, ...), to be broadcast to them."""
+        values = self()
+        if self._stack.alone is None:
+            values = fit_rows(values, states.shape[0])
+        return values.to(states.dtype)
 
     def refresh(self) -> None:
         """Before a pass: make anew what was kept of values that are others now."""
@@ -199,7 +213,7 @@ class Stacked:
 
     @torch.no_grad()
     def _keep(self, tensors: Sequence[Tensor]) -> Any:
-        """What is made of a task's parameters, or of several side by side: as it was made before, if nothing changed."""
+        """What is made of a task's parameters, or of several side by side: made anew only if something changed."""
         device = tensors[0].device.type
         state = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         frozen = [parameter for layer in self._layers for parameter in layer.parameters()]
@@ -209,7 +223,7 @@ class Stacked:
         """What is made of a task's parameters, the first of the tensors; those of the layers are read there."""
         # Without the mark that a view of a parameter has, that it requires a gradient, where none is recorded.
         own = [tensor if torch.is_grad_enabled() else tensor.detach() for tensor in tensors[: len(self._entries)]]
-        return own[0].unsqueeze(0) if self._make is None else self._make(*map(_in_front, own))
+        return own[0] if self._make is None else self._make(*own)
 
     def _of_several(self, *tensors: Tensor) -> Any:
         """The same for the parameters of several tasks side by side."""
@@ -227,10 +241,6 @@ class Stacked:
 def _each(change: Callable[[Tensor], Tensor], made: Any) -> Any:
     """A tensor, or each of several, changed."""
     return tuple(map(change, made)) if isinstance(made, tuple) else change(made)
-
-
-def _in_front(tensor: Tensor) -> Tensor:
-    return tensor.unsqueeze(0)
 
 
 class _Entries:
@@ -303,15 +313,15 @@ def per_task(states: Tensor, weights: Tensor) -> Tensor:
     """The product of each state with its task's matrix.
 
     Args:
-        states: (rows, tokens, in), the rows being images or the windows of images.
-        weights: (1 or images, 1 or tokens, in, out).
+        states: (rows, tokens, in), the rows being images or their windows; for one task also of other dimensions.
+        weights: Of one task (in, out), of several (1 or images, 1 or tokens, in, out).
 
     Returns:
         (rows, tokens, out).
     """
+    if weights.ndim == 2:
+        return states @ weights.to(states.dtype)
     weights = fit_rows(weights, states.shape[0]).to(states.dtype)
-    if weights.shape[:2] == (1, 1):  # of all, so that images and tokens are rows of one product
-        return states @ weights[0, 0]
     if weights.shape[1] == 1:  # of each image, for all its tokens
         return states @ weights.squeeze(1)
     if weights.shape[0] == 1:  # of each token, for all images
@@ -324,22 +334,30 @@ def linear_per_task(states: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
 
     Args:
         states: (rows, tokens, in).
-        weights: (1 or images, 1 or tokens, out, in).
-        biases: (1 or images, 1 or tokens, out).
+        weights: Of one task (out, in), of several (1 or images, 1 or tokens, out, in).
+        biases: (out,) or (1 or images, 1 or tokens, out).
 
     Returns:
         (rows, tokens, out).
     """
     states = states.to(weights.dtype)
-    if weights.shape[:2] == (1, 1):
-        return linear(states, weights[0, 0], biases[0, 0])
-    return per_task(states, weights.mT) + biases
+    return linear(states, weights, biases) if weights.ndim == 2 else per_task(states, weights.mT) + biases
+
+
+def in_front(values: Tensor, dimensions: int) -> Tensor:
+    """What one task has, or several, with as many dimensions as of several: those in front are 1 for one task."""
+    missing = dimensions - values.ndim
+    return values.view(*[1] * missing, *values.shape) if missing else values
 
 
 def fit_rows(spread: Tensor, rows: int) -> Tensor:
     """Repeat what each image has for all rows that a pass has of it (the windows of a windowed backbone).
 
     What is there once for all images stays so, as it broadcasts.
+
+    Args:
+        spread: Of several tasks, (1 or images, 1 or tasks, ...).
+        rows: Their number.
     """
     images = spread.shape[0]
     return spread if images in (1, rows) else spread.repeat_interleave(rows // images, dim=0)

@@ -199,20 +199,24 @@ class MaskedLane(Lane):
         if self._extend is not None or self.stream.needs_query:
             return None
         self.begin(self._index(names, device, by_row=by_row), by_row=by_row)
-        return Follower(self.stream, _flat(self._tokens()), images)
+        return Follower(self.stream, self._class_tokens(), images)
 
     def features(self, batch: Batch) -> Tensor:
         """The features of the task tokens."""
         if self in batch.followed:
             return batch.followed[self]
-        return self.stream.features(self.extended(batch), _flat(self._tokens()))
+        return self.stream.features(self.extended(batch), self._class_tokens())
+
+    def _class_tokens(self) -> Tensor:
+        """The class tokens, (1 or images, 1 or tasks, width)."""
+        return _in_tokens(self._tokens(), alone=len(self.names) == 1)
 
     def record(self, batch: Batch) -> list[list[KeysValues]]:
         """For each block the keys and values of all tasks' tokens, and of what is theirs."""
         record: list[list[KeysValues]] = []
         self.begin()
         current = replace(self.extended(batch), record=record, weights=None)
-        self.stream.features(current, _flat(self._tokens()))
+        self.stream.features(current, self._class_tokens())
         return record
 
     def extended(self, batch: Batch) -> Pass:
@@ -239,13 +243,12 @@ class AdaptedLane(Lane):
         parts = [None if task.class_token is None else task for task in tasks.values()]
         if any(part is not None for part in parts):
             self._tokens = self._stack(parts).tensor("class_token", neutral=torch.nan)
-            self._some_lack_it = None in parts
             self.stream.view.set_class_token(self._class_tokens)
 
     def _class_tokens(self) -> Tensor:
         """The class tokens, (1 or images, 1, width): the backbone's own for a task without one."""
-        tokens = _flat(self._tokens())
-        if not self._some_lack_it:
+        tokens = _in_tokens(self._tokens(), alone=len(self.names) == 1)
+        if self._tokens.complete:
             return tokens
         own = self.stream.view.class_token
         assert own is not None
@@ -276,9 +279,9 @@ class AdaptedLane(Lane):
         return self.stream.features(images, interpolate_pos_encoding=batch.interpolate, current=current)
 
 
-def _flat(class_tokens: Tensor) -> Tensor:
-    """Class tokens (1 or images, 1 or tasks, 1, 1, width) as (1 or images, 1 or tasks, width)."""
-    return class_tokens.flatten(2)
+def _in_tokens(values: Tensor, *, alone: bool) -> Tensor:
+    """Class tokens, of one task in whatever shape its backbone has them, in three dimensions."""
+    return values.view(1, 1, -1) if alone else values.flatten(2)
 
 
 def _copied(states: Tensor | None, copies: int) -> Tensor | None:

@@ -248,9 +248,9 @@ def test_masked_equals_the_formula_written_out():
 
 def updated(factors, states):
     """K' or V', (batch, heads, tokens, head width)."""
-    (down,), (up,), (scaling,) = (each[0] for each in factors())
+    down, up = factors.scaled()
     merged = states.transpose(1, 2).flatten(2)  # (batch, tokens, width)
-    return (merged + scaling * (merged @ down.T @ up.T)).unflatten(2, (states.shape[1], -1)).transpose(1, 2)
+    return (merged + merged @ down.T @ up.T).unflatten(2, (states.shape[1], -1)).transpose(1, 2)
 
 
 def slow_scores(site, trunk, query):

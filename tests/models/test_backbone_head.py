@@ -21,6 +21,7 @@ from transformers.utils.generic import ModelOutput
 
 import memtune
 from memtune import AdapterConfig, ApproximatedPromptConfig, CodaPromptConfig, LoraConfig, MemoryConfig
+from memtune.backbones import Backbone
 from memtune.cli.parser import main
 from memtune.errors import BackboneMismatchError, CheckpointError, ConfigError, InputError, UnsupportedBackboneError
 from memtune.models.arithmetic import merge_adapters
@@ -179,7 +180,7 @@ def test_the_head_reads_what_the_features_are_made_of(case: Case, config: Adapte
     with torch.no_grad():
         for size in (case.image_size, 32):
             model(case.images(size=size))
-            found = model._described.family.feature(model.stream.view.tower, seen[-1])
+            found = Backbone(model.backbone).family.feature(model.stream.view.tower, seen[-1])
             torch.testing.assert_close(found, expected(case.images(size=size)).pooler_output, atol=1e-5, rtol=1e-5)
 
 

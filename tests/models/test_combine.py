@@ -144,7 +144,7 @@ def test_what_tasks_share() -> None:
         (AdaptedLane, 2),
         (MaskedLane, 1),
     ]
-    assert [lane.first_block for lane in lanes if isinstance(lane, AdaptedLane)] == [0, 1]
+    assert [lane.shared_blocks for lane in lanes if isinstance(lane, AdaptedLane)] == [0, 1]
 
 
 def test_folders_and_models_can_be_mixed(tmp_path: Path) -> None:
