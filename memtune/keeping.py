@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-import xxhash
 from torch import Tensor, nn
+from xxhash import xxh3_64_intdigest
 
 Made = TypeVar("Made")
 
 
-class _State(NamedTuple):
-    """What a tensor is at one moment; equal only if its values are."""
+class _State:
+    """What a tensor is at one moment.
 
-    tensor: Tensor  # the object itself, so that no other can come to lie where it lay
-    place: int
-    dtype: torch.dtype
-    shape: torch.Size
-    version: int
-    digest: int
+    Args:
+        tensor: The tensor. It is held, so that no other can come to lie where it lay.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._place = tensor.data_ptr()
+        self._version = _version(tensor)
+        # The very memory, where it lies in one piece: so a look at it needs no operation of torch's.
+        self._bytes: Any = _bytes(tensor) if tensor.is_contiguous() else None
+        self._digest = self._digested()
+
+    def _digested(self) -> int:
+        return xxh3_64_intdigest(_bytes(self._tensor) if self._bytes is None else self._bytes)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether the tensor is as it was."""
-        return self.tensor is tensor and self[1:] == _state(tensor)[1:]
+        same = self._tensor is tensor and self._place == tensor.data_ptr() and self._version == _version(tensor)
+        return same and self._digest == self._digested()
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
 
 
 class Kept(Generic[Made]):
@@ -57,7 +74,7 @@ class Kept(Generic[Made]):
         kept = self._kept
         if kept is not None and kept[0] == state and _as_before(kept[1], tensors):
             return kept[2]
-        before = [_state(tensor) for tensor in tensors]
+        before = [_State(tensor) for tensor in tensors]
         made = self._make(*tensors)
         self._kept = state, before, made
         return made
@@ -69,10 +86,3 @@ def _as_before(states: Sequence[_State], tensors: Sequence[Tensor]) -> bool:
 
 def _can_be_told(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
-
-
-def _state(tensor: Tensor) -> _State:
-    version = -1 if tensor.is_inference() else tensor._version
-    values: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
-    digest = xxhash.xxh3_64_intdigest(values)
-    return _State(tensor, tensor.data_ptr(), tensor.dtype, tensor.shape, version, digest)

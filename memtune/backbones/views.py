@@ -2,8 +2,8 @@
 
 A view of a model is a tree of new module objects that share the parameters and buffers of the originals, and have the
 hooks that these had when it was made. What is changed in a view (a role replaced, an attention function chosen, a hook
-placed) is unknown to the original, so the original needs no undoing: it was never touched. Casting or moving the original moves its views too, because
-`torch.nn.Module` does that in the dictionaries that both share.
+placed) is unknown to the original, so the original needs no undoing: it was never touched. Casting or moving the
+original moves its views too, because `torch.nn.Module` does that in the dictionaries that both share.
 """
 
 from __future__ import annotations
