@@ -12,6 +12,7 @@
 PYTHON ?= python3
 CONSTRAINTS ?= .ci/constraints.txt
 ARGS ?=
+WORKERS ?= 2
 
 TEST := .venv/test/bin/python
 QUICKSTART := .venv/quickstart/bin/python
@@ -27,15 +28,16 @@ quickstart: .venv/quickstart.stamp  ## adapt a small frozen vision transformer t
 	$(QUICKSTART) examples/quickstart.py $(ARGS)
 
 test: .venv/test.stamp  ## run all tests, with coverage
-	$(TEST) -m pytest --cov $(ARGS)
+	$(TEST) -m pytest --cov -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-fast: .venv/test.stamp  ## run the tests that take seconds
-	$(TEST) -m pytest -m "not slow" $(ARGS)
+	$(TEST) -m pytest -m "not slow" -n $(WORKERS) --dist worksteal $(ARGS)
 
-lint: .venv/test.stamp  ## check style, format and types
+lint: .venv/test.stamp  ## check style, format, types, and that rooms import only rooms below
 	$(TEST) -m ruff check
 	$(TEST) -m ruff format --check
 	$(TEST) -m pyright --pythonpath $(TEST)
+	.venv/test/bin/lint-imports
 
 format: .venv/test.stamp  ## put the code into the project's format
 	$(TEST) -m ruff check --fix

@@ -1,5 +1,11 @@
 """memtune: small trained adapters for one frozen Hugging Face vision model and many tasks."""
 
+from . import arithmetic as arithmetic
+from . import callbacks as callbacks
+from . import continual as continual
+from . import export as export
+from . import hub as hub
+from . import peft_format as peft_format
 from ._version import __version__ as __version__
 from .errors import MemtuneError as MemtuneError
 from .evaluation import evaluate as evaluate

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Generic, TypeVar
+from ctypes import c_char
+from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor, nn
 from xxhash import xxh3_64_intdigest
 
@@ -23,25 +23,22 @@ class _State:
         self._tensor = tensor
         self._place = tensor.data_ptr()
         self._version = _version(tensor)
-        # The very memory, where it lies in one piece: so a look at it needs no operation of torch's.
-        self._bytes: Any = _bytes(tensor) if tensor.is_contiguous() else None
-        self._digest = self._digested()
-
-    def _digested(self) -> int:
-        return xxh3_64_intdigest(_bytes(self._tensor) if self._bytes is None else self._bytes)
+        self._digest = _digest(tensor)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether the tensor is as it was."""
         same = self._tensor is tensor and self._place == tensor.data_ptr() and self._version == _version(tensor)
-        return same and self._digest == self._digested()
+        return same and self._digest == _digest(tensor)
 
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+def _digest(tensor: Tensor) -> int:
+    """Of the memory itself: a numpy array over it would keep FSDP from freeing it."""
+    whole = tensor if tensor.is_contiguous() else tensor.detach().contiguous()
+    return xxh3_64_intdigest((c_char * whole.nbytes).from_address(whole.data_ptr()) if whole.nbytes else b"")
 
 
 class Kept(Generic[Made]):

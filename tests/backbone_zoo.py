@@ -6,7 +6,8 @@ purpose: tests compare memtune's role table with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -288,6 +289,23 @@ family_modes = pytest.mark.parametrize(
     ids=[f"{case.name}-{'masked' if masked else 'unmasked'}" for case, masked in MODES if case in FAMILIES],
 )
 """The same for one plain model of every variant of a tower."""
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within, the model is frozen as a wrapped one is, and answers without gradients.
+
+    What is bit for bit the same is the frozen model's answer: torch's kernels of `nn.MultiheadAttention` (SigLIP's pooling)
+    round otherwise for weights that need a gradient.
+    """
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.requires_grad_(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before[name])
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

@@ -19,7 +19,7 @@ os.environ.update(
     HF_EVALUATE_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     MPLBACKEND="Agg",
-    OMP_NUM_THREADS="2",
+    OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
 )
 
@@ -57,7 +57,7 @@ def _reproducible() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - what the libraries read
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 def _shared(name: str) -> Path:

@@ -143,7 +143,8 @@ class _Source:
         else:
             present = self._stack.spread(self._present)
             second = self._stack.spread(self._second_half).clamp_max(prompts.shape[2] - 1).unsqueeze(-1)
-            halves = prompts[:, :, : present.shape[-1]], prompts.take_along_dim(second, dim=2)
+            second = second.expand(*prompts.shape[:2], -1, prompts.shape[3])
+            halves = prompts[:, :, : present.shape[-1]], prompts.gather(2, second)
         key, value = (half.unflatten(-1, (-1, block.head_width)).transpose(2, 3) for half in halves)
         return KeysValues(key, value, present)
 

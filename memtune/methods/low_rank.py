@@ -157,7 +157,8 @@ class _Lengths:
 
 def _row_lengths(base: Any, down: Tensor, up: Tensor, scaling: Tensor) -> Tensor:
     """The lengths (..., d_out) of the rows of W + s B A, for A (..., r, d_in), B (..., d_out, r) and s (..., 1)."""
-    weight = dequantize_module_weight(base).to(up.dtype)
+    weight = base.weight if base.weight.is_floating_point() else dequantize_module_weight(base)
+    weight = weight.to(up.dtype)
     with torch.no_grad():
         return (weight + scaling.unsqueeze(-1) * (up @ down)).norm(dim=-1)
 

@@ -89,6 +89,7 @@ class Lane(ABC):
         self._stacks.append(stack)
         return stack
 
+    @torch.compiler.disable
     def begin(self, index: Tensor | None = None, *, by_row: bool = False) -> None:
         """Say which of several tasks the next pass is for; a lane of one task need not be told.
 

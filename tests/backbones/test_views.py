@@ -10,7 +10,7 @@ import torch
 from backbone_zoo import BY_NAME, CASES, Case, assert_same, each, outputs_equal, snapshot
 from torch import nn
 
-from memtune.backbones.views import shadow, shadow_config
+from memtune.backbones.views import shadow, shadow_config, structure
 from memtune.errors import UnsupportedBackboneError
 
 
@@ -95,3 +95,97 @@ def test_a_shadowed_configuration_is_its_own() -> None:
     copied.hidden_size = 1
     copied._attn_implementation_internal = "sdpa"
     assert (config.hidden_size, config._attn_implementation) == (16, "eager")
+
+
+def _hook_dictionaries(model: nn.Module) -> list[dict[Any, Any]]:
+    return [
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if "_hooks" in name and isinstance(value, dict)
+    ]
+
+
+REGISTER: dict[str, Any] = {
+    "forward": lambda module: module.register_forward_hook(_fail, with_kwargs=True, always_call=True),
+    "forward pre": lambda module: module.register_forward_pre_hook(_fail, with_kwargs=True),
+    "backward": lambda module: module.register_full_backward_hook(_fail),
+    "backward pre": lambda module: module.register_full_backward_pre_hook(_fail),
+    "state": lambda module: module.register_state_dict_post_hook(_fail),
+    "state pre": lambda module: module.register_state_dict_pre_hook(_fail),
+    "load": lambda module: module.register_load_state_dict_post_hook(_fail),
+    "load pre": lambda module: module.register_load_state_dict_pre_hook(_fail),
+}
+
+
+@pytest.mark.parametrize("register", REGISTER.values(), ids=REGISTER)
+def test_a_hook_of_either_leaves_no_trace_in_the_other(register: Any) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    view: Any = shadow(model)
+    before = [dict(each) for each in _hook_dictionaries(model)]
+    register(view[0])
+    assert [dict(each) for each in _hook_dictionaries(model)] == before
+    before = [dict(each) for each in _hook_dictionaries(view)]
+    register(model[0])
+    assert [dict(each) for each in _hook_dictionaries(view)] == before
+
+
+def test_a_part_compiled_in_place_is_not_compiled_in_the_view() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].compile(backend="eager")
+    view: Any = shadow(model)
+    view[0].register_forward_hook(lambda module, args, output: output + 1)
+    states = torch.ones(1, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(view(states), model(states) + 1)
+
+
+def test_a_method_that_a_module_keeps_is_the_views_own() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = 2.0
+            self.chosen = self.scale
+
+        def scale(self, states: torch.Tensor) -> torch.Tensor:
+            return states * self.factor
+
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            return self.chosen(states)
+
+    model = Scaled()
+    view: Any = shadow(model)
+    view.factor = 3.0
+    assert view(torch.ones(1)).item() == 3
+    assert model(torch.ones(1)).item() == 2
+
+
+def test_a_view_of_a_replica_has_the_replicas_tensors() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    replica: Any = model._replicate_for_data_parallel()
+    layer: Any = model[0]._replicate_for_data_parallel()
+    layer.weight, layer.bias = torch.zeros(2, 2), torch.ones(2)
+    replica._modules["0"] = layer
+    assert shadow(replica)(torch.ones(1, 2)).tolist() == [[1, 1]]
+
+
+STRUCTURES: dict[str, Any] = {
+    "another child": lambda model: setattr(model, "0", nn.Linear(2, 2)),
+    "a child more": lambda model: model.append(nn.ReLU()),
+    "another class": lambda model: setattr(model[0], "__class__", type("Other", (nn.Linear,), {})),
+    "a hook": lambda model: model[0].register_forward_hook(_fail),
+    "a hook before": lambda model: model[0].register_forward_pre_hook(_fail),
+    "another forward": lambda model: setattr(model[0], "forward", _fail),
+}
+
+
+@pytest.mark.parametrize("change", STRUCTURES.values(), ids=STRUCTURES)
+def test_the_structure_tells_when_a_view_would_be_another(change: Any) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    before = structure(model)
+    model[0].weight.data.fill_(1)
+    model.load_state_dict(nn.Sequential(nn.Linear(2, 2)).state_dict(), assign=True)
+    model.to(torch.bfloat16).train().requires_grad_(False)
+    assert structure(model) == before
+    change(model)
+    assert structure(model) != before

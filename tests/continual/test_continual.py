@@ -180,6 +180,7 @@ def test_killed_at_any_task_it_goes_on(tmp_path):
     folder, script = tmp_path / "run", tmp_path / "run.py"
     script.write_text(
         f"import sys, os\nsys.path[:] = {sys.path!r}\nimport test_continual as t\n"
+        f"import torch\ntorch.set_num_threads({torch.get_num_threads()})\n"
         "class Killing(list):\n"
         "    def __getitem__(self, index): os.kill(os.getpid(), 9)\n"
         "tasks = t.sequence()\n"

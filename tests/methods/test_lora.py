@@ -9,7 +9,7 @@ import pickle
 import peft
 import pytest
 import torch
-from backbone_zoo import BY_NAME, FAMILIES, GLOBAL, assert_same, each, outputs_equal, snapshot
+from backbone_zoo import BY_NAME, FAMILIES, GLOBAL, assert_same, each, frozen, outputs_equal, snapshot
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTModel
@@ -317,7 +317,7 @@ def test_dropout_acts_on_what_the_task_sees():
 def test_the_trunk_stays_bit_for_bit(case):
     backbone = case.build()
     before, images = snapshot(backbone), case.images()
-    with torch.no_grad():  # as the trunk runs: SDPA has other kernels for gradients
+    with frozen(backbone):  # as the trunk runs: SDPA has other kernels for gradients
         expected = case.run_tower(backbone, images)
     tuned = scramble(tune(case, [LoraConfig(r=3), MemoryConfig(2)], masked=True, backbone=backbone)).train()
     tuned(images).logits.sum().backward()

@@ -19,6 +19,7 @@ from backbone_zoo import (
     assert_same,
     each,
     each_mode,
+    frozen,
     outputs_equal,
     snapshot,
 )
@@ -72,7 +73,7 @@ def own_output(case: Case, model: nn.Module, images: Tensor) -> Any:
 def test_wrapping_and_training_leave_the_backbone_bit_for_bit(case: Case, masked: bool) -> None:
     backbone, images = case.build(), case.images()
     before = snapshot(backbone)
-    with torch.no_grad():
+    with frozen(backbone):
         expected = own_output(case, backbone, images)
     model = wrapped(case, masked=masked, backbone=backbone)
     with torch.no_grad():
@@ -84,7 +85,7 @@ def test_wrapping_and_training_leave_the_backbone_bit_for_bit(case: Case, masked
     assert model.detach() is backbone
     assert_same(backbone, before)
     assert all(parameter.grad is None for parameter in backbone.parameters())
-    with torch.no_grad():
+    with frozen(backbone):
         assert outputs_equal(own_output(case, backbone, images), expected)
 
 

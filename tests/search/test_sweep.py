@@ -176,6 +176,7 @@ def test_killed_in_a_trial_it_goes_on(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
         f"import sys, os\nsys.path[:] = {sys.path!r}\nimport test_sweep as t\n"
+        f"import torch\ntorch.set_num_threads({torch.get_num_threads()})\n"
         "calls, original = [], t.search.fit\n"
         "def fit(*args, **kwargs):\n"
         "    calls.append(0)\n"
