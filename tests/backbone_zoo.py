@@ -295,8 +295,8 @@ family_modes = pytest.mark.parametrize(
 def frozen(model: nn.Module) -> Iterator[None]:
     """Within, the model is frozen as a wrapped one is, and answers without gradients.
 
-    What is bit for bit the same is the frozen model's answer: torch's kernels of `nn.MultiheadAttention` (SigLIP's pooling)
-    round otherwise for weights that need a gradient.
+    What is bit for bit the same is the frozen model's answer: torch's kernels of `nn.MultiheadAttention` (SigLIP's
+    pooling) round otherwise for weights that need a gradient.
     """
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)

@@ -31,8 +31,7 @@ import torch
 from speed import CLASSES, SIZES, create_backbone, create_lora, create_tuned, forward, training_step
 
 import memtune
-from memtune.training.dynamic_freezing import SlimFit
-from memtune.training.token_selection import TokenTune
+from memtune.callbacks import SlimFit, TokenTune
 
 
 def parse_arguments() -> argparse.Namespace:

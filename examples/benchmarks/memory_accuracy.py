@@ -17,9 +17,8 @@ from folders import make_parser
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 import memtune
+from memtune.callbacks import SlimFit, TokenTune
 from memtune.training.callbacks import TrainingCallback
-from memtune.training.dynamic_freezing import SlimFit
-from memtune.training.token_selection import TokenTune
 
 METHODS: dict[str, memtune.AdapterConfig] = {"memory": memtune.MemoryConfig(4), "LoRA": memtune.LoraConfig(r=8)}
 

@@ -17,6 +17,9 @@ from .task import Task
 outside_graphs = torch.compiler.disable(recursive=False)
 """Keeps the names of tasks out of what `torch.compile` compiles: it would compile again for each choice of them."""
 
+uncompiled = torch.compiler.disable(recursive=True)
+"""Keeps a function and all that it calls out of what `torch.compile` compiles."""
+
 
 @dataclass
 class Batch:
@@ -89,7 +92,7 @@ class Lane(ABC):
         self._stacks.append(stack)
         return stack
 
-    @torch.compiler.disable
+    @uncompiled
     def begin(self, index: Tensor | None = None, *, by_row: bool = False) -> None:
         """Say which of several tasks the next pass is for; a lane of one task need not be told.
 

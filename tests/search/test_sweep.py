@@ -176,13 +176,12 @@ def test_killed_in_a_trial_it_goes_on(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
         f"import sys, os\nsys.path[:] = {sys.path!r}\nimport test_sweep as t\n"
-        f"import torch\ntorch.set_num_threads({torch.get_num_threads()})\n"
         "calls, original = [], t.search.fit\n"
         "def fit(*args, **kwargs):\n"
         "    calls.append(0)\n"
         "    if len(calls) == 2: os.kill(os.getpid(), 9)\n"
         "    return original(*args, **kwargs)\n"
-        f"t.search.fit = fit\nt.torch.set_num_threads(2)\nt.sweep({str(tmp_path / 'run')!r})\n"
+        f"t.search.fit = fit\nt.torch.set_num_threads({torch.get_num_threads()})\nt.sweep({str(tmp_path / 'run')!r})\n"
     )
     killed = subprocess.run(
         [sys.executable, str(script)], env=os.environ.copy(), capture_output=True, text=True, check=False, timeout=300
