@@ -17,7 +17,11 @@ WORKERS ?= 2
 TEST := .venv/test/bin/python
 QUICKSTART := .venv/quickstart/bin/python
 
-.PHONY: help quickstart test test-fast lint format clean FORCE
+# The kernels and the number of threads that decide how torch rounds: what is promised bit for bit holds with each.
+ROUNDINGS := ATEN_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MEMTUNE_TEST_THREADS=2
+EXACT := tests/backbones tests/streams tests/methods tests/tasks tests/models
+
+.PHONY: help quickstart test test-fast test-exact lint format clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -32,6 +36,10 @@ test: .venv/test.stamp  ## run all tests, with coverage
 
 test-fast: .venv/test.stamp  ## run the tests that take seconds
 	$(TEST) -m pytest -m "not slow" -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-exact: .venv/test.stamp  ## run the exact tests with other kernels and numbers of threads
+	@for rounding in $(ROUNDINGS); do echo "$$rounding" && \
+		env $$rounding $(TEST) -m pytest -q -m "not slow or exact" -n $(WORKERS) --dist worksteal $(EXACT) $(ARGS) || exit; done
 
 lint: .venv/test.stamp  ## check style, format, types, and that rooms import only rooms below
 	$(TEST) -m ruff check

@@ -10,6 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 # Read by the libraries when they are imported, and inherited by the processes that tests start.
 _cache = tempfile.TemporaryDirectory(prefix="memtune-tests-", ignore_cleanup_errors=True)
 os.environ.update(
@@ -23,10 +25,12 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+pytest.register_assert_rewrite("contract_promises")
+
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
-import pytest  # noqa: E402
 import torch  # noqa: E402
+from hub_fixtures import hub, waits  # noqa: E402, F401
 
 # The same examples on every run; no deadline, since a busy machine is no bug.
 hypothesis.settings.register_profile("memtune", deadline=None, derandomize=True)
@@ -57,7 +61,7 @@ def _reproducible() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - what the libraries read
     torch.manual_seed(0)
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("MEMTUNE_TEST_THREADS", "1")))
 
 
 def _shared(name: str) -> Path:

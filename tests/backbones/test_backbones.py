@@ -52,6 +52,7 @@ def test_description() -> None:
 
 
 @each(CASES)
+@pytest.mark.slow
 def test_a_head_changes_no_description(case: Case) -> None:
     plain = next(each for each in FAMILIES if type(each.tower(each.build())) is type(case.tower(case.build())))
     assert Backbone(case.build()).describe() == Backbone(plain.build()).describe()

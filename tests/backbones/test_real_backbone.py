@@ -36,6 +36,7 @@ def batch(shared_data: Path) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+@pytest.mark.slow
 def test_training_leaves_the_backbone_bit_for_bit(backbone: Any, batch: tuple[Tensor, Tensor], masked: bool) -> None:
     images, labels = batch
     before = snapshot(backbone)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 pytest.importorskip("timm")
 
 import timm
-from test_contract import PROMISES, Promise
+from contract_promises import PROMISES, Promise
 from timm_zoo import BY_NAME, CASES, SMALL, TimmCase
 
 import memtune
@@ -60,7 +60,7 @@ def wrapped(backbone: Any, config: Any, masked: bool, **options: Any) -> memtune
 @pytest.mark.parametrize("case", [VIT, BY_NAME["timm-dinov2-registers"], BY_NAME["timm-siglip"]], ids=lambda c: c.name)
 @modes
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__.removeprefix("test_"))
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
 def test_every_method_keeps_the_contract(promise: Promise, row: Row, masked: bool, case: TimmCase) -> None:
     promise(row, case, masked)
 

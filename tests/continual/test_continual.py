@@ -157,6 +157,7 @@ def test_rows_of_earlier_tasks_stay_bit_for_bit(masked):
     "config", [CODA, memtune.MemoryConfig(2), memtune.LoraConfig(r=2)], ids=lambda each: each.method
 )
 @MODES
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, config, masked):
     whole = tuned(config, masked)
     result = fit_continual(whole, sequence(), CONFIG, output_dir=tmp_path / "whole")
@@ -175,6 +176,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, config, masked):
     assert fit_continual(tuned(config, masked), stopping_at(0), CONFIG, output_dir=tmp_path / "whole") == result
 
 
+@pytest.mark.slow
 def test_killed_at_any_task_it_goes_on(tmp_path):
     """A process that is killed while it trains the second task, and another that goes on."""
     folder, script = tmp_path / "run", tmp_path / "run.py"

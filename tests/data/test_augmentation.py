@@ -19,9 +19,8 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from docs_material import pictures
 from PIL import Image
-from test_resume import StopAfter
-from test_training import QUICK, Stop, equal, items, tuned, weights
 from torch import Tensor
+from training_runs import QUICK, Stop, StopAfter, equal, items, tuned, weights
 from transformers import ViTImageProcessorPil
 
 import memtune

@@ -26,7 +26,6 @@ import transformers
 from accelerate.commands.launch import launch_command_parser
 from docs_material import make_material, names, publish
 from hub_server import Hub
-from test_hub import hub, waits  # noqa: F401 - fixtures
 
 from memtune.cli.parser import build_parser, main
 
@@ -104,7 +103,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def desk(material: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:  # noqa: F811
+def desk(material: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working directory, a copy of its own, with the Hub at hand, where the reader is `me`."""
     torch.set_num_threads(1)  # waiting for a second thread takes longer than all of a tiny model's arithmetic
     monkeypatch.setitem(hub_server.TOKENS, "writer", ("me", True))
@@ -129,6 +128,7 @@ def test_every_block_is_found() -> None:
     continual=pytest.mark.slow,  # trains 200 epochs
     sweep=pytest.mark.slow,  # trains 660 epochs
 )
+@pytest.mark.slow
 def test_python_runs(page: Path, desk: Path, request: pytest.FixtureRequest) -> None:
     """The blocks of a page in turn, with the same names; a traceback shows the page's own lines."""
     if missing := [name for name in PACKAGES.get(page.stem, []) if find_spec(name) is None]:
@@ -159,6 +159,7 @@ COMMANDS[HELP] = re.findall(r"^  (memtune .+)$", build_parser().description or "
 
 
 @pytest.mark.parametrize("place", [place for place, lines in COMMANDS.items() if lines])
+@pytest.mark.slow
 def test_the_command_line_runs(place: str, desk: Path) -> None:
     for line in COMMANDS[place]:
         words = [
@@ -247,6 +248,7 @@ def options_of(program: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
 
 
 @each_page([page for page in PAGES if programs(page.read_text())])
+@pytest.mark.slow
 def test_options_are_there(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for program, options in programs(page.read_text()):
         assert options <= options_of(program, capsys), program

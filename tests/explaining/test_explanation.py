@@ -329,6 +329,7 @@ def test_usage_needs_memory_and_images():
 
 
 @pytest.mark.parametrize("config", [MemoryConfig(2, blocks=[1]), MemoryConfig(30), LoraConfig(r=2)])
+@pytest.mark.slow
 def test_pictures(config, tmp_path):
     model = build(config, masked=True)
     path = tmp_path / "attention.png"

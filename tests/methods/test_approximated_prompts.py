@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from backbone_zoo import BY_NAME, CASES, GLOBAL, PLAIN, SIZE, Case, assert_same, each, snapshot
-from test_streams import dense_forward
+from dense_pass import dense_forward
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViltConfig, ViltForQuestionAnswering, ViTConfig, ViTModel

@@ -20,7 +20,7 @@ from backbone_zoo import (
     outputs_equal,
     snapshot,
 )
-from test_streams import dense_forward
+from dense_pass import dense_forward
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 

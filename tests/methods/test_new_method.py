@@ -14,7 +14,7 @@ import pytest
 import torch
 from backbone_zoo import BY_NAME
 from contract_cases import FEW, Row, can_be_masked, linears, logits, moved, wrapped
-from test_contract import PROMISES, Promise
+from contract_promises import PROMISES, Promise
 from torch import Tensor
 
 import memtune
@@ -44,7 +44,7 @@ def row(monkeypatch: pytest.MonkeyPatch) -> Row:
 
 
 @pytest.mark.parametrize(("name", "masked"), PLACES)
-@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__.removeprefix("test_"))
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
 def test_the_example_keeps_the_contract(promise: Promise, name: str, masked: bool, row: Row) -> None:
     promise(row, BY_NAME[name], masked)
 

@@ -62,6 +62,7 @@ def options_of(how: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("how", "weights"), [(how, [1.5, -0.5]) for how in WAYS] + [(how, [0.7, 0.4]) for how in ("linear", "ties")]
 )
+@pytest.mark.slow
 def test_the_same_as_pefts(how: str, weights: list[float], tmp_path: Path) -> None:
     backbone = VIT.build()
     adapters = [tuned(backbone, seed) for seed in range(2)]

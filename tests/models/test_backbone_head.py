@@ -136,6 +136,7 @@ PAIRS += [(case, config) for case in READ for config in SETTINGS]
 
 
 @pytest.mark.parametrize(("case", "config"), PAIRS, ids=[f"{case.name}-{config.method}" for case, config in PAIRS])
+@pytest.mark.slow
 def test_it_trains_the_adapter_alone(case: Case, config: AdapterConfig) -> None:
     backbone, images, given = case.build(), case.images(), targets(case)
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}

@@ -52,6 +52,8 @@ def assert_rows_alone(model: MultiTaskModel, tasks: dict[str, memtune.TunedModel
 
 
 @each(FAMILIES)
+@pytest.mark.slow
+@pytest.mark.exact
 def test_each_task_answers_as_it_does_alone(case: Case) -> None:
     backbone = case.build()
     tasks = tune_all(backbone, kinds_of(case))
@@ -73,6 +75,8 @@ def test_base_is_the_bare_model_bit_for_bit(case: Case) -> None:
 
 
 @each(FAMILIES)
+@pytest.mark.slow
+@pytest.mark.exact
 def test_each_image_of_a_mixed_batch_gets_its_own_task(case: Case) -> None:
     backbone = case.build()
     tasks = tune_all(backbone, kinds_of(case))
@@ -93,6 +97,7 @@ def everything() -> tuple[MultiTaskModel, dict[str, memtune.TunedModel]]:
 
 @given(st.data())
 @settings(max_examples=40)
+@pytest.mark.slow
 def test_any_subset_in_any_order(everything: Any, data: st.DataObject) -> None:
     model, tasks = everything
     names = data.draw(st.permutations(list(tasks)))[: data.draw(st.integers(0, len(tasks)))]
@@ -118,6 +123,7 @@ def test_any_mix_of_methods(kinds: list[tuple[str, bool]], random: Any) -> None:
     assert_rows_alone(model, tasks, random.choices(list(tasks), k=5))
 
 
+@pytest.mark.slow
 def test_a_hundred_tasks() -> None:
     backbone = VIT.build()
     tasks = tune_all(backbone, [(name, True) for name in ("memory", "lora", "more memory", "memory and lora")] * 25)
@@ -237,6 +243,7 @@ def test_copies_and_precision() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @each([BY_NAME["vit-head"], BY_NAME["beit-head"], BY_NAME["dinov3"]])
+@pytest.mark.slow
 def test_bfloat16(case: Case, autocast: bool) -> None:
     backbone = case.build() if autocast else case.build().bfloat16()
     tasks = tune_all(backbone, KINDS)
@@ -266,6 +273,7 @@ def test_switching_tasks_never_recompiles() -> None:
                 torch.testing.assert_close(mine.logits, expected.logits, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_adding_a_task_recompiles_its_stream_once_and_never_the_trunk() -> None:
     backbone = VIT.build()
     tasks = tune_all(backbone, [("memory", True), ("lora", True), ("memory and lora", True)])

@@ -45,6 +45,7 @@ def assert_same_answers(program: ExportedProgram, model: Any, case: Case, number
             torch.testing.assert_close(outputs[name], answer.logits, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_program_has_an_output_for_each_task() -> None:
     backbone = VIT.build()
     model = memtune.combine(backbone, tune_all(backbone, FEW))
@@ -93,6 +94,7 @@ def test_some_tasks_alone() -> None:
 
 
 @pytest.mark.parametrize(("config", "masked"), [(LoraConfig(r=2), False), ([MemoryConfig(2), LoraConfig(r=2)], True)])
+@pytest.mark.slow
 def test_a_tuned_model(config: Any, masked: bool) -> None:
     model = tune(BY_NAME["vit"].build(), config, masked=masked)
     outputs = export_program(model).module()(images(3))
@@ -103,6 +105,7 @@ def test_a_tuned_model(config: Any, masked: bool) -> None:
     torch.testing.assert_close(outputs["base"], feature, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_program_is_saved_and_loaded(tmp_path: Path) -> None:
     model = tune(VIT.build(), LoraConfig(r=2), masked=True)
     torch.export.save(export_program(model), tmp_path / "program.pt2")

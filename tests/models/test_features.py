@@ -235,6 +235,8 @@ def assert_same_answer(answer: Any, alone: Any) -> None:
 
 
 @each(FAMILIES)
+@pytest.mark.slow
+@pytest.mark.exact
 def test_each_answers_beside_others_as_it_does_alone(case: Case) -> None:
     backbone, models = several(case)
     combined = memtune.combine(backbone, models)
@@ -252,6 +254,8 @@ def test_each_answers_beside_others_as_it_does_alone(case: Case) -> None:
 
 
 @each(FAMILIES)
+@pytest.mark.slow
+@pytest.mark.exact
 def test_a_mixed_batch_of_answers_with_and_without_heads(case: Case) -> None:
     backbone, models = several(case)
     rows = [*models, *list(models)[::-2]]

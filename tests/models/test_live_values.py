@@ -251,6 +251,7 @@ def test_an_adapter_is_off_in_the_callers_context_alone() -> None:
 
 
 @both_modes
+@pytest.mark.slow
 def test_threads_that_answer_while_others_set_modes(masked: bool) -> None:
     model = tuned("all", masked)
     model.eval()

@@ -76,6 +76,7 @@ def stop_at(monkeypatch, number, error=Stop):
     return calls
 
 
+@pytest.mark.slow
 def test_the_best_setting_is_chosen_by_held_out_images_and_measured_on_the_test_images(tmp_path):
     model = backbone()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -145,6 +146,7 @@ def test_the_folder_has_a_table_a_summary_and_a_picture(tmp_path):
 
 
 @pytest.mark.parametrize("number", [0, 2, 4, 5])
+@pytest.mark.slow
 def test_a_search_goes_on_where_it_was_stopped(tmp_path, monkeypatch, number):
     whole = sweep(tmp_path / "whole", n_trials=4, sampler=EARLY)
     with monkeypatch.context() as patch:
@@ -192,6 +194,7 @@ def test_killed_in_a_trial_it_goes_on(tmp_path):
     assert sweep(tmp_path / "run") == sweep(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_more_trials_and_seeds_are_added_to_a_search(tmp_path, monkeypatch):
     first = sweep(tmp_path / "grown", n_trials=2, seeds=(0,))
     calls = stop_at(monkeypatch, 99)
@@ -460,7 +463,9 @@ except t.ConfigError as error:  # in every process
 def test_two_processes_run_one_search(tmp_path):
     script = tmp_path / "script.py"
     folder, output = str(tmp_path / "run"), str(tmp_path / "values")
-    script.write_text(SCRIPT.format(tests=sys.path, folder=folder, output=output, batch=4))
+    script.write_text(
+        SCRIPT.format(tests=[*sys.path, str(Path(__file__).parent)], folder=folder, output=output, batch=4)
+    )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},

@@ -79,6 +79,7 @@ def test_a_commit_counts_from_its_rename_on(tmp_path, monkeypatch, moved):
     assert sorted(path.name for path in tmp_path.iterdir()) == NAMES
 
 
+@pytest.mark.slow
 def test_a_killed_writer_never_leaves_a_mixture(tmp_path):
     """Kill a process that saves without a pause, at random moments; whatever it leaves is one save, whole."""
     pause = random.Random(0)

@@ -7,20 +7,19 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
-import transformers.utils.hub
-from hub_server import Hub, running
+from hub_fixtures import backbone
+from hub_server import Hub
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from torch import Tensor
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import ViTForImageClassification, ViTImageProcessorPil
 
 import memtune
 from memtune.errors import CheckpointError, ConfigError, HubError
@@ -30,7 +29,6 @@ from memtune.storage.hub import list_adapters
 # huggingface_hub's own, where it uploads without Xet (2.4)
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 
-SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 PUSH = [
     "POST /api/repos/create",
     "GET /api/models/user/pets",
@@ -49,40 +47,6 @@ PULL = [
     "GET .*/adapter_config.json",
     "GET /storage/download/",
 ]
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that were to be waited, which the tests do not."""
-    waited: list[float] = []
-    monkeypatch.setattr("time.sleep", waited.append)
-    return waited
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waits: list[float]) -> Iterator[Hub]:
-    """A Hub of its own, which huggingface_hub in this process takes for the only one, and a user who may write."""
-    with running() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
-        monkeypatch.setenv("HF_TOKEN", "writer")
-        monkeypatch.chdir(tmp_path)
-        huggingface_hub.utils.disable_progress_bars()
-        close_session()
-        yield server
-        close_session()
-        huggingface_hub.utils.enable_progress_bars()
-
-
-@cache
-def backbone() -> ViTForImageClassification:
-    torch.manual_seed(0)
-    return ViTForImageClassification(ViTConfig(**SHAPE, image_size=32, patch_size=8)).eval()
 
 
 def tuned(seed: int = 1, *, masked: bool = False, **options: Any) -> memtune.TunedModel:
@@ -393,6 +357,7 @@ def test_a_commit_by_someone_else_meanwhile(hub: Hub) -> None:
     ids=lambda fault: "-".join(str(value) for value in fault.values()),
 )
 @pytest.mark.parametrize("request_", PUSH + PULL)
+@pytest.mark.slow
 def test_what_fails_twice_is_repeated(hub: Hub, waits: list[float], fault: dict[str, Any], request_: str) -> None:
     """Each request of a push and of a pull."""
     for _ in range(2):
@@ -487,6 +452,7 @@ def attempt(action: Callable[[], Any]) -> Any:
         return None
 
 
+@pytest.mark.slow
 def test_a_hundred_random_cuts_leave_a_whole_adapter_or_none(hub: Hub, tmp_path: Path) -> None:
     chance = random.Random(0)
     models = [tuned(seed) for seed in range(3)]
@@ -537,6 +503,7 @@ print(torch.equal(model(images).logits, loaded(images).logits))
 """
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_finds_the_hub_by_its_environment(hub: Hub, tmp_path: Path) -> None:
     backbone().save_pretrained(tmp_path / "backbone")
     tuned().save_pretrained(tmp_path / "first")

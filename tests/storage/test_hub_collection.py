@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from hub_fixtures import backbone
 from hub_server import Hub
 from multitask import tune_all
-from test_hub import backbone, hub, waits  # noqa: F401 - fixtures
 
 import memtune
 from memtune import MultiTaskModel
@@ -29,7 +29,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_pushed_and_pulled(hub: Hub, tmp_path: Path) -> None:  # noqa: F811
+def test_pushed_and_pulled(hub: Hub, tmp_path: Path) -> None:
     model = memtune.combine(backbone(), tune_all(backbone(), KINDS))
     expected = logits_of(model)
     info = model.push_to_hub("user/all", commit_message="Three tasks")
@@ -49,7 +49,7 @@ def test_pushed_and_pulled(hub: Hub, tmp_path: Path) -> None:  # noqa: F811
     assert_same(logits_of(older), expected)
 
 
-def test_the_card_names_tasks_and_no_path(hub: Hub, tmp_path: Path) -> None:  # noqa: F811
+def test_the_card_names_tasks_and_no_path(hub: Hub, tmp_path: Path) -> None:
     model = memtune.combine(backbone(), tune_all(backbone(), KINDS))
     model.save_pretrained(tmp_path / "all", base_model_name="user/vit")
     text = (tmp_path / "all" / "README.md").read_text()
@@ -59,6 +59,6 @@ def test_the_card_names_tasks_and_no_path(hub: Hub, tmp_path: Path) -> None:  # 
     assert str(tmp_path) not in (tmp_path / "none" / "README.md").read_text()
 
 
-def test_what_is_no_collection(hub: Hub) -> None:  # noqa: F811
+def test_what_is_no_collection(hub: Hub) -> None:
     with pytest.raises(HubError, match="user/nothing"):
         MultiTaskModel.from_pretrained("user/nothing", backbone())

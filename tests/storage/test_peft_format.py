@@ -129,6 +129,7 @@ def test_export_refuses_what_the_format_has_no_place_for(tmp_path):
     [{}, {"use_rslora": True, "lora_alpha": 3}, {"use_dora": True}, {"layers_to_transform": [0]}],
     ids=str,
 )
+@pytest.mark.slow
 def test_what_peft_wrote_is_imported(case, settings, tmp_path):
     if case.facts.windowed and "layers_to_transform" in settings:
         pytest.skip("PEFT's layers are Swin's stages")

@@ -72,6 +72,8 @@ def test_three_tasks_in_a_row_see_what_table_1_says() -> None:
 
 
 @each(GLOBAL)
+@pytest.mark.slow
+@pytest.mark.exact
 def test_combined_with_what_it_extends(case: Case) -> None:
     backbone, images = case.build(), case.images(3)
     kinds = [(name, True) for name in ("memory", "more memory", "all", "lora")] + [("memory", False)]

@@ -28,6 +28,8 @@ def tuned_by_lora(case, backbone=None, **settings):
 
 @each(WITH_HEAD)
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=str)
+@pytest.mark.slow
+@pytest.mark.exact
 def test_merged_model_equals_the_tuned_one(case, settings, tmp_path):
     backbone = case.build()
     tuned = tuned_by_lora(case, backbone, **settings)

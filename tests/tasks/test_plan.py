@@ -58,6 +58,7 @@ def test_multiply_adds_of_a_vit(attention: str) -> None:
 
 
 @each(FAMILIES)
+@pytest.mark.slow
 def test_every_family_has_a_plan(case: Case) -> None:
     backbone = case.build()
     plan = memtune.combine(backbone, tune_all(backbone, [("lora", case in GLOBAL), ("memory", False)])).plan()

@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from test_training import QUICK, Stop, equal, items, tuned, weights
+from training_runs import QUICK, Stop, StopAfter, equal, items, tuned, weights
 
 import memtune
 from memtune import LoraConfig, MemoryConfig, TrainingConfig
@@ -18,18 +19,6 @@ from memtune.errors import CheckpointError, ConfigError
 from memtune.training.callbacks import TrainingCallback
 
 STEPS = 8
-
-
-class StopAfter(TrainingCallback):
-    """Ends a run after a step, as an exception anywhere would."""
-
-    def __init__(self, step):
-        self._left = step
-
-    def on_step_end(self, model):
-        self._left -= 1
-        if self._left == 0:
-            raise Stop
 
 
 def settings(folder, **more):
@@ -91,6 +80,7 @@ def without_times(result):
         {"optim": "sgd", "learning_rate": 0.03, "lr_scheduler_type": "linear"},
     ],
 )
+@pytest.mark.slow
 def test_a_run_stopped_at_any_step_ends_bit_for_bit_as_one_that_was_not(more, tmp_path):
     expected, whole = fit(tmp_path / "whole", **more)
     assert whole.steps == STEPS
@@ -196,6 +186,7 @@ def test_settings_without_effect_may_change(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["run.json", "run.pt", "optimizer.bin", "model.safetensors", "random_states_0.pkl"])
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named(name, tmp_path):
     fit(tmp_path, stop=3)
     path = tmp_path / "checkpoint-2" / name
@@ -231,9 +222,9 @@ def test_a_run_killed_at_random_points_ends_bit_for_bit_as_one_that_was_not(tmp_
     more = {"num_train_epochs": 10, "save_steps": 2, "save_total_limit": 2}
     expected, whole = fit(tmp_path / "whole", **more)
     folder, chance = tmp_path / "killed", random.Random(0)
-    program = KILLED.format(tests=sys.path, folder=str(folder), more=more)
+    program = KILLED.format(tests=[*sys.path, str(Path(__file__).parent)], folder=str(folder), more=more)
     kills = finished = 0
-    while kills < 20:
+    while kills < 12:
         process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
         said = process.stdout.readline()  # the first step of this part of the run
         time.sleep(chance.uniform(0, 0.1))

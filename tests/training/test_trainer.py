@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import equal, items, tuned, weights
+from training_runs import equal, items, tuned, weights
 from transformers import Trainer, TrainingArguments
 
 from memtune.evaluation.metrics import compute_metrics
@@ -27,6 +27,7 @@ def trainer(model, folder, **settings):
 
 
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.slow
 def test_it_trains_and_its_checkpoints_hold_the_adapter_alone(tmp_path, masked):
     model = tuned(masked)
     run = trainer(model, tmp_path, num_train_epochs=8)

@@ -7,40 +7,13 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
+from training_runs import QUICK, SHAPE, Stop, equal, items, train, tuned, weights
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 import memtune
 from memtune import TrainingConfig
 from memtune.errors import ConfigError, InputError
 from memtune.training.optimization import make_optimizer
-
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-QUICK = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "disable_tqdm": True}
-
-
-def tuned(masked=False, **options):
-    torch.manual_seed(0)
-    backbone = ViTForImageClassification(ViTConfig(**SHAPE, image_size=32, patch_size=8))
-    return memtune.wrap(backbone, memtune.MemoryConfig(2), num_labels=2, masked=masked, **options)
-
-
-def items(count=32, seed=0):
-    """Bright and dark images: a class each."""
-    torch.manual_seed(seed)
-    labels = torch.arange(count) % 2
-    return [{"pixel_values": torch.randn(3, 32, 32) + 2 * label - 1, "labels": int(label)} for label in labels]
-
-
-def train(model, data=None, **settings):
-    return memtune.fit(model, data or items(), config=TrainingConfig(**QUICK | settings))
-
-
-def weights(model):
-    return {key: tensor.clone() for key, tensor in model.task.tensors().items()}
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -199,10 +172,6 @@ def test_images_go_through_the_processor():
     model = tuned(processor=ViTImageProcessorPil(size={"height": 32, "width": 32}))
     result = memtune.fit(model, data, data, TrainingConfig(**QUICK | {"num_train_epochs": 10, "image_size": 64}))
     assert result.history[-1]["eval_accuracy"] == 1.0
-
-
-class Stop(Exception):
-    """Raised by a data set."""
 
 
 def test_an_interrupted_run_leaves_a_usable_model():

@@ -8,8 +8,8 @@ from dataclasses import fields
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker, on_main_process
-from test_training import QUICK, equal, items, train, tuned, weights
 from torch.nn.functional import cross_entropy
+from training_runs import QUICK, equal, items, train, tuned, weights
 
 import memtune
 from memtune import TrainingConfig

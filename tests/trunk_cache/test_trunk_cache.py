@@ -421,7 +421,7 @@ def test_several_processes_share_a_folder(together, tmp_path):
     script = tmp_path / "script.py"
     cache = tmp_path / "cache"
     batch = 2 if together else 4
-    script.write_text(SCRIPT.format(tests=sys.path, folder=str(cache), batch=batch))
+    script.write_text(SCRIPT.format(tests=[*sys.path, str(Path(__file__).parent)], folder=str(cache), batch=batch))
     if together:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         running = [start(script, str(tmp_path / "weights"), launcher=launcher)]
