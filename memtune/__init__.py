@@ -16,6 +16,7 @@ from .methods import ApproximatedPromptConfig as ApproximatedPromptConfig
 from .methods import CodaPromptConfig as CodaPromptConfig
 from .methods import LoraConfig as LoraConfig
 from .methods import MemoryConfig as MemoryConfig
+from .methods import SideNetworkConfig as SideNetworkConfig
 from .methods import register_method as register_method
 from .models import MultiTaskModel as MultiTaskModel
 from .models import TunedModel as TunedModel

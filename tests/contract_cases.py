@@ -15,11 +15,20 @@ from backbone_zoo import BY_NAME, FAMILIES, PLAIN, Case
 from torch import Tensor, nn
 
 import memtune
-from memtune import AdapterConfig, ApproximatedPromptConfig, CodaPromptConfig, LoraConfig, MemoryConfig
+from memtune import (
+    AdapterConfig,
+    ApproximatedPromptConfig,
+    CodaPromptConfig,
+    LoraConfig,
+    MemoryConfig,
+    SideNetworkConfig,
+)
 from memtune.methods.registry import find_method
 
 LABELS = torch.tensor([0, 2])
 LINEAR_ROLES = ("query", "key", "value", "out", "fc1", "fc2")
+SIDE_KEYS = ("down", "down_norm", "down_norm_bias", "norm", "norm_bias", "own", "own_bias", "out", "out_bias")
+SIDE_KEYS += ("up_key", "up_value")
 DORA_ROLES = ("query", "out", "fc1", "fc2")
 
 FEW = ("vit", "swin", "clip")
@@ -39,6 +48,7 @@ class Row:
         steps: Training steps after which every trained value has had a gradient.
         cases: Names of the models to run on. One method meets every variant of a tower; the others meet the towers that
             differ most, and all families in the tests of their own formulas.
+        masked_alone: Whether the method has no unmasked mode.
         note: What tells the row from others of its method.
     """
 
@@ -48,6 +58,7 @@ class Row:
     unchanged: bool
     steps: int = 2
     cases: tuple[str, ...] = SOME
+    masked_alone: bool = False
     note: str = ""
 
     @property
@@ -59,7 +70,8 @@ class Row:
         cases = [BY_NAME[name] for name in self.cases]
         if not self.note and not find_method(self.config.method).needs_attention_function:
             cases += PLAIN_FAMILIES
-        return [(case, masked) for case in cases for masked in (False, True) if not masked or can_be_masked(case)]
+        modes = (True,) if self.masked_alone else (False, True)
+        return [(case, masked) for case in cases for masked in modes if not masked or can_be_masked(case)]
 
     def changed(self, case: Case, backbone: Any) -> list[tuple[int, nn.Module, int]]:
         """Index, module and width of each block that the method changes."""
@@ -126,6 +138,22 @@ ROWS = [
         keys=("prefix", "prefix_key", "prefix_attention"),
         count=lambda block, width, feature_width: 6 * 4 * width + 2 * 6 * feature_width,
         unchanged=False,
+    ),
+    Row(
+        SideNetworkConfig(width=4),
+        keys=(*SIDE_KEYS, "conv"),
+        count=lambda block, width, feature_width: 3 * width * 4 + 11 * 4 * 4 + 6 * 4,
+        unchanged=True,
+        masked_alone=True,
+    ),
+    Row(
+        SideNetworkConfig(width=4, mixing="none"),
+        keys=SIDE_KEYS,
+        count=lambda block, width, feature_width: 3 * width * 4 + 2 * 4 * 4 + 6 * 4,
+        unchanged=True,
+        masked_alone=True,
+        cases=FEW,
+        note="alone",
     ),
 ]
 

@@ -17,3 +17,5 @@ from .registry import find_method as find_method
 from .registry import method_names as method_names
 from .registry import read_config as read_config
 from .registry import register_method as register_method
+from .side_network import SideNetworkAdapter as SideNetworkAdapter
+from .side_network import SideNetworkConfig as SideNetworkConfig

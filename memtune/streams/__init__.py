@@ -1,7 +1,9 @@
 """Passes: of images through the untouched backbone, of task tokens beside it, and through an adapted view."""
 
 from .adapted_stream import AdaptedStream as AdaptedStream
+from .attention import side_by_side as side_by_side
 from .following import Follower as Follower
+from .passes import Grid as Grid
 from .passes import KeysValues as KeysValues
 from .passes import KeyValueSource as KeyValueSource
 from .passes import Pass as Pass

@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..backbones import Backbone, Block, shadow_config
 from ..errors import UnsupportedBackboneError
-from .passes import KeysValues, KeyValueSource, Pass, TrunkBlock, TrunkUpdate
+from .passes import Grid, KeysValues, KeyValueSource, Pass, SideStates, TrunkBlock, TrunkUpdate
 from .stacking import fit_rows
 
 Follow: TypeAlias = Callable[[int, TrunkBlock], bool]
@@ -41,6 +41,7 @@ class Site:
         self.sources: list[KeyValueSource] = []
         self.source_methods: list[str] = []  # of each source, the method that it belongs to
         self.updates: list[TrunkUpdate] = []
+        self.sides: list[SideStates] = []
         self.follower: Follow | None = None
         self.config = attention.config
         self._plain: Any = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
@@ -136,7 +137,11 @@ def trunk_attention(
     site: Site = module.memtune_site
     memtune_pass.visited.append(site.block.index)
     bias = None if attention_mask is None else attention_mask[..., :1, :]
-    block = TrunkBlock(key, value, bias)
+    grid = None
+    if memtune_pass.patches is not None:
+        rows, columns = memtune_pass.patches
+        grid = Grid(key.shape[2] - rows * columns, rows, columns)
+    block = TrunkBlock(key, value, bias, grid)
     # torch.compile traces the trunk alone, so that it need not do it again for other tasks.
     if torch.compiler.is_compiling() or site.follower is None or site.follower(site.block.index, block):
         memtune_pass.trunk.append(block)
@@ -166,18 +171,25 @@ def stream_attention(
         own_token = KeysValues(key.transpose(1, 2).unsqueeze(3), value.transpose(1, 2).unsqueeze(3))
         memtune_pass.record.append([own_token, *further])
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    parts = [_trunk_scores(site, trunk, query)]
+    scores = _trunk_scores(site, trunk, query)
+    sides = [(side, side.states(trunk, memtune_pass)) for side in site.sides]
+    for side, states in sides:
+        scores = scores + side.scores(query, states, tokens=scores.shape[-1])
+    parts = [scores]
     if memtune_pass.own_key:
         # A task token stands where the class token stands, so to itself it has the class token's bias to itself.
         own = (query * key).sum(dim=-1, keepdim=True)
         parts.append(own if trunk.bias is None else own + trunk.bias[..., :1])
     parts += [_further_scores(each, query) for each in further]
     widths = [part.shape[-1] for part in parts]
-    weights = torch.cat([part.float() for part in parts], dim=-1).softmax(dim=-1).to(query.dtype)
+    exact = torch.promote_types(query.dtype, torch.float32)
+    weights = torch.cat([part.to(exact) for part in parts], dim=-1).softmax(dim=-1).to(query.dtype)
     on_trunk, *on_own = weights.split(widths, dim=-1)
     if memtune_pass.weights is not None:
         memtune_pass.weights.append([on_trunk, *on_own])
     context = _trunk_context(site, trunk, on_trunk)
+    for side, states in sides:
+        context = context + side.context(on_trunk, states).to(context.dtype)
     if memtune_pass.own_key:
         context = context + on_own.pop(0) * value
     for each, weight in zip(further, on_own, strict=True):
@@ -192,7 +204,7 @@ def _trunk_scores(site: Site, trunk: TrunkBlock, query: Tensor) -> Tensor:
         wide = _in_own_part(query)
         for more in [update.queries(wide) for update in site.updates]:
             wide = wide if more is None else wide + more.to(wide.dtype)
-        scores = (wide.flatten(1, 2) @ _side_by_side(key).mT).unflatten(1, query.shape[1:3])
+        scores = (wide.flatten(1, 2) @ side_by_side(key).mT).unflatten(1, query.shape[1:3])
     else:
         # Made contiguous first: a copy of whole rows is far cheaper than the transposed one that the product makes.
         scores = query @ key.contiguous().mT
@@ -204,7 +216,7 @@ def _trunk_context(site: Site, trunk: TrunkBlock, weights: Tensor) -> Tensor:
     value = trunk.value.to(weights.dtype)
     if not _reads_side_by_side(site, weights):
         return weights @ value
-    wide = (weights.flatten(1, 2) @ _side_by_side(value)).unflatten(1, weights.shape[1:3])
+    wide = (weights.flatten(1, 2) @ side_by_side(value)).unflatten(1, weights.shape[1:3])
     for more in [update.context(wide) for update in site.updates]:
         wide = wide if more is None else wide + more.to(wide.dtype)
     return _own_part(wide)
@@ -219,7 +231,7 @@ def _reads_side_by_side(site: Site, asking: Tensor) -> bool:
     return bool(site.updates) or asking.shape[2] == 1
 
 
-def _side_by_side(states: Tensor) -> Tensor:
+def side_by_side(states: Tensor) -> Tensor:
     """States (rows, heads, tokens, head width) as (rows, tokens, width): no copy of what a linear layer has made."""
     return states.transpose(1, 2).flatten(2)
 

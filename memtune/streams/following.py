@@ -31,6 +31,7 @@ class Follower:
         self._class_tokens = class_tokens
         self._images = images
         self._tokens: Tensor | None = None
+        self._pass = Pass()
 
     def read(self, index: int, block: TrunkBlock) -> None:
         """Run the stream through the block whose keys and values the trunk has just made."""
@@ -42,7 +43,8 @@ class Follower:
             block = block.images(self._images)
         if self._tokens is None:
             self._tokens = self._stream.start(self._class_tokens, batch=block.key.shape[0])
-        self._tokens = self._stream.step(index, self._tokens, Pass(present=block))
+        self._pass.present = block
+        self._tokens = self._stream.step(index, self._tokens, self._pass)
 
     def features(self) -> Tensor | None:
         """The features (batch, tasks, width) once the trunk has run; None if it gave nothing to read."""

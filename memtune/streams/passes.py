@@ -58,19 +58,44 @@ class TrunkUpdate(Protocol):
         ...
 
 
+class SideStates(Protocol):
+    """States of a few values beside the tokens of the trunk, of each task its own, which its token reads with them."""
+
+    def states(self, trunk: TrunkBlock, current: Pass) -> Tensor:
+        """The states (rows, tokens, tasks, r) in this block, made of the trunk's and of those of the block before."""
+        ...
+
+    def scores(self, query: Tensor, states: Tensor, tokens: int) -> Tensor:
+        """What scaled queries (rows, heads, tasks, head width) score more, (rows, heads, tasks, tokens)."""
+        ...
+
+    def context(self, weights: Tensor, states: Tensor) -> Tensor:
+        """What weights (rows, heads, tasks, tokens) take more of the values, (rows, heads, tasks, head width)."""
+        ...
+
+
+class Grid(NamedTuple):
+    """How the trunk's tokens lie: the class token and registers, then the patches row by row."""
+
+    prefix: int
+    rows: int
+    columns: int
+
+
 class TrunkBlock(NamedTuple):
     """What the task stream reads of one block of the trunk."""
 
     key: Tensor  # (batch, heads, tokens, head width)
     value: Tensor  # (batch, heads, tokens, head width)
     bias: Tensor | None  # the class token's row of the additive mask, (1 or batch, 1 or heads, 1, tokens)
+    grid: Grid | None = None  # of the trunk's own tokens; what earlier tasks add stands behind them
 
     def images(self, index: Tensor) -> TrunkBlock:
         """The same of some of the images, (number,)."""
         bias = self.bias
         if bias is not None and bias.shape[0] > 1:
             bias = bias.index_select(0, index)
-        return TrunkBlock(self.key.index_select(0, index), self.value.index_select(0, index), bias)
+        return TrunkBlock(self.key.index_select(0, index), self.value.index_select(0, index), bias, self.grid)
 
 
 Substitute = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
@@ -84,7 +109,9 @@ class Pass:
     Attributes:
         visited: Indices of the blocks whose attention has run, in order.
         trunk: For each block what the trunk left for the task stream.
+        patches: Rows and columns of the images' patches.
         present: The block of the trunk that a task stream reads, where it goes along with the trunk.
+        side: The states beside the trunk, (rows, tokens, tasks, r), that later blocks go on from.
         own_key: Whether a task token sees its own key and value.
         query: The feature of the images by the unadapted backbone, (batch, width), or None if no source asks for it.
         kept: States (batch, tokens, width) that entered blocks of the trunk, by index, where they were to be kept.
@@ -100,7 +127,9 @@ class Pass:
 
     visited: list[int] = field(default_factory=list)
     trunk: list[TrunkBlock] = field(default_factory=list)
+    patches: tuple[int, int] | None = None
     present: TrunkBlock | None = None
+    side: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     own_key: bool = True
     query: Tensor | None = None
     kept: dict[int, Tensor] = field(default_factory=dict)
@@ -132,5 +161,6 @@ def extended(trunk: TrunkBlock, further: Sequence[KeysValues]) -> TrunkBlock:
             rows = max(len(bias), len(more))
             more = more[:, None, None].expand(rows, *bias.shape[1:3], -1)
             bias = torch.cat([bias.expand(rows, -1, -1, -1), more], dim=-1)
-        trunk = TrunkBlock(torch.cat([trunk.key, key], dim=2), torch.cat([trunk.value, value], dim=2), bias)
+        keys, values = torch.cat([trunk.key, key], dim=2), torch.cat([trunk.value, value], dim=2)
+        trunk = TrunkBlock(keys, values, bias, trunk.grid)
     return trunk

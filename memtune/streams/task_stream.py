@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from ..backbones import Backbone
@@ -33,6 +35,7 @@ class TaskStream(Stream):
             current: A pass that the trunk has filled.
             class_tokens: The class tokens of the tasks, (1 or batch, tasks, width).
         """
+        current = replace(current, side={})
         tokens = self.start(class_tokens, batch=current.trunk[0].key.shape[0])
         for block in self.view.blocks:
             tokens = self.step(block.index, tokens, current)

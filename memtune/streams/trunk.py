@@ -70,7 +70,9 @@ class Trunk:
 
     @torch.no_grad()
     def _run(self, forward: Callable[..., Any], pixel_values: Tensor, interpolate: bool) -> tuple[Pass, Any]:
-        current = Pass()
+        sizes = zip(pixel_values.shape[-2:], self.view.patch_size, strict=True)
+        rows, columns = (pixels // patch for pixels, patch in sizes)
+        current = Pass(patches=(rows, columns))
         options: dict[str, Any] = {}
         if self._records and self._handed is not None:
             self._handed.current = current

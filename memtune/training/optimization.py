@@ -15,7 +15,7 @@ _BLOCK = re.compile(r"\.blocks\.(\d+)\.")
 
 
 def make_optimizer(model: TunedModel, config: TrainingConfig) -> torch.optim.Optimizer:
-    """The optimizer for what a model trains; biases have no weight decay.
+    """The optimizer for what a model trains; what has one dimension (biases, norms) has no weight decay.
 
     With `layerwise_lr_decay` c, what is in block l of L learns at c^(L - 1 - l) of the learning rate, the class token,
     which enters before the first block, at c^L, and the head at the whole of it ("ELECTRA",
@@ -33,10 +33,10 @@ def make_optimizer(model: TunedModel, config: TrainingConfig) -> torch.optim.Opt
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = (config.layerwise_lr_decay or 1.0) ** _distance(name, depth)
-            groups.setdefault((scale, name.endswith("bias")), []).append(parameter)
+            groups.setdefault((scale, parameter.ndim <= 1), []).append(parameter)
     settings: list[dict[str, Any]] = [
-        {"params": parameters, "lr": rate * scale, "weight_decay": 0.0 if bias else decay}
-        for (scale, bias), parameters in groups.items()
+        {"params": parameters, "lr": rate * scale, "weight_decay": 0.0 if exempt else decay}
+        for (scale, exempt), parameters in groups.items()
     ]
     if config.optim == "sgd":
         return torch.optim.SGD(settings, rate, momentum=config.momentum)

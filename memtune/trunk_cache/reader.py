@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import MemtuneError
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "I32": torch.int32}
 
 _ALIGNMENT = 64  # bytes, of each tensor of a batch
 
@@ -38,7 +38,7 @@ class _Part(NamedTuple):
     @property
     def blocks(self) -> int | None:
         """How many blocks it is of; None where it is of no block."""
-        return None if self.name == "query" else self.shape[0]
+        return None if self.name in ("query", "grid") else self.shape[0]
 
     @property
     def piece(self) -> tuple[int, ...]:

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from ..backbones import Backbone
 from ..errors import ConfigError
-from ..streams import Pass, TrunkBlock
+from ..streams import Grid, Pass, TrunkBlock
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 """What keys and values can be kept as; int8 with a scale for each token and head."""
@@ -34,8 +34,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 CacheType: TypeAlias = Literal["float32", "float16", "bfloat16", "int8"]
 
 Entry: TypeAlias = dict[str, Tensor]
-"""Of one image: `keys` and `values` (blocks, tokens, heads, head width), `query` (width); where the blocks have a bias
-`bias` (blocks, heads, 1, tokens); of int8 `keys_scale` and `values_scale` (blocks, tokens, heads, 1)."""
+"""Of one image: `keys` and `values` (blocks, tokens, heads, head width), `query` (width), `grid` (3: a `Grid`);
+where the blocks have a bias `bias` (blocks, heads, 1, tokens); of int8 `keys_scale` and `values_scale` (blocks, tokens,
+heads, 1)."""
 
 _NOT_OF_THE_TRUNK = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type")
 _NOT_OF_THE_TRUNK += ("torch_dtype", "transformers_version")
@@ -71,6 +72,8 @@ class TrunkCache:
     def encode(self, current: Pass, row: int) -> bytes:
         """One image of a pass that the trunk has filled, as the bytes of an entry."""
         entry = {"query": current.query[row].cpu().contiguous()} if current.query is not None else {}
+        if (grid := current.trunk[0].grid) is not None:
+            entry["grid"] = torch.tensor(grid, dtype=torch.int32)
         biases = [block.bias for block in current.trunk if block.bias is not None]
         if biases:
             entry["bias"] = torch.stack([bias[min(row, len(bias) - 1)] for bias in biases]).cpu()
@@ -169,7 +172,8 @@ def to_pass(batch: Mapping[str, Any]) -> Pass:
     """What `BatchReader.read` gave, as the pass that the trunk would have filled."""
     keys, values = ([each.transpose(1, 2) for each in _dequantized(batch, name)] for name in ("keys", "values"))
     biases = batch.get("bias", [None] * len(keys))
-    blocks = [TrunkBlock(*each) for each in zip(keys, values, biases, strict=True)]
+    grid = Grid(*batch["grid"][0].tolist()) if "grid" in batch else None
+    blocks = [TrunkBlock(*each, grid) for each in zip(keys, values, biases, strict=True)]
     return Pass(visited=list(range(len(blocks))), trunk=blocks, query=batch.get("query"))
 
 

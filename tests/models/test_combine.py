@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
 
 import memtune
-from memtune import LoraConfig, MemoryConfig, MultiTaskModel
+from memtune import LoraConfig, MemoryConfig, MultiTaskModel, SideNetworkConfig
 from memtune.errors import BackboneMismatchError, CheckpointError, ConfigError, InputError, MemtuneError
 from memtune.tasks.lanes import AdaptedLane, HeadLane, MaskedLane
 
@@ -302,7 +302,14 @@ def test_adding_a_task_recompiles_its_stream_once_and_never_the_trunk() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "most"), [(MemoryConfig(4), 0.006), ([MemoryConfig(4), LoraConfig(r=8)], 0.009)])
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        (MemoryConfig(4), 0.006),
+        ([MemoryConfig(4), LoraConfig(r=8)], 0.009),
+        ([MemoryConfig(4), SideNetworkConfig(width=32)], 0.0105),
+    ],
+)
 def test_one_more_task_of_vit_b16_costs_little(config: Any, most: float) -> None:
     backbone = ViTForImageClassification(ViTConfig(num_labels=1000)).eval()
     backbone.set_attn_implementation("eager")  # whose products are all counted

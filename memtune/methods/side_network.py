@@ -1,0 +1,270 @@
+"""The side network: features of all tokens, narrow and beside the trunk, which task tokens read in each block.
+
+Ours; of the kind of "Ladder Side-Tuning" (https://arxiv.org/abs/2206.06522) and LAST
+(https://arxiv.org/abs/2402.04009), whose features are as wide as the trunk's, or make the answer by themselves.
+
+V (T, D) are the values of the trunk in a block, all heads side by side. In each block the state s (T, r) goes on by
+
+    d = LN(V W),   u = s + d,   h = LN(u)
+    y = GELU(conv3x3(h) + b) for the patches on their grid,  GELU(h C + b) for the class token and registers
+    s = u + y O + o
+
+and the task token sees K + s U_K and V + s U_V in place of K and V. Neither is formed: to a scaled query q_i of head i
+
+    scores    q_i K_i^T + (q_i (U_K)_i^T) s^T
+    context   p V_i + (p s) (U_V)_i,   p what softmax gives the trunk's tokens
+
+The first s is 0: a trained start would be the bias of the first norm. U_K = U_V = 0 at first, so that a new adapter
+changes nothing. The trunk stays as it is, and its values are all that is read of it: masked mode alone.
+
+Parameters: L (3 D r + 11 r^2 + 6 r) for L blocks, without a convolution L (3 D r + 2 r^2 + 6 r). Multiply-adds in each
+block for T tokens, P of them patches, and H heads: T D r + 9 P r^2 + (T - P) r^2 + T r^2 + 2 H T r + 2 D r; without a
+convolution T D r + 2 T r^2 + 2 H T r + 2 D r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, gelu, layer_norm, pad
+
+from ..backbones import Backbone
+from ..errors import ConfigError, InputError
+from ..streams import Pass, Stack, Stream, TrunkBlock, in_front, per_task, side_by_side
+from .adapter import Adapter, AdapterConfig
+from .registry import register_method
+
+MIXINGS = ("conv", "none")
+
+EPS = 1e-5
+"""What layer norms add to the variance."""
+
+
+@dataclass(frozen=True)
+class SideNetworkConfig(AdapterConfig):
+    """Settings of the side network, for masked mode.
+
+    Args:
+        width: Width of the state, r.
+        mixing: "conv" for a convolution over the grid of patches in each block; "none" to leave each token to itself,
+            for fewer multiply-adds.
+        blocks: Indices of the blocks in which the state goes on and is read; None for all.
+    """
+
+    method: ClassVar[str] = "side_network"
+
+    width: int = 32
+    mixing: str = "conv"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.width, int) or isinstance(self.width, bool) or self.width < 1:
+            raise ConfigError(f"width: got {self.width!r}, expected a whole number from 1 on")
+        if self.mixing not in MIXINGS:
+            raise ConfigError(f"mixing: got {self.mixing!r}, expected one of {MIXINGS}")
+
+    def for_mode(self, masked: bool) -> SideNetworkConfig:
+        """The settings as they are.
+
+        Raises:
+            ConfigError: The mode is the unmasked one.
+        """
+        if not masked:
+            raise ConfigError(
+                "side_network: got masked=False, and a side network reads the untouched backbone, which an adapter of "
+                "unmasked mode changes; pass masked=True"
+            )
+        return self
+
+
+class BlockSide(nn.Module):
+    """The side network in one block.
+
+    Args:
+        block_width: The block's width, D.
+        config: The method's settings.
+    """
+
+    def __init__(self, block_width: int, config: SideNetworkConfig) -> None:
+        super().__init__()
+        wide, narrow = block_width, config.width
+        self.down = nn.Parameter(torch.empty(wide, narrow).normal_(std=wide**-0.5))
+        self.down_norm = nn.Parameter(torch.ones(narrow))
+        self.down_norm_bias = nn.Parameter(torch.zeros(narrow))
+        self.norm = nn.Parameter(torch.ones(narrow))
+        self.norm_bias = nn.Parameter(torch.zeros(narrow))
+        if config.mixing == "conv":
+            self.conv = nn.Parameter(torch.empty(narrow, narrow, 3, 3).normal_(std=(9 * narrow) ** -0.5))
+        self.own = nn.Parameter(torch.empty(narrow, narrow).normal_(std=narrow**-0.5))
+        self.own_bias = nn.Parameter(torch.zeros(narrow))
+        self.out = nn.Parameter(torch.empty(narrow, narrow).normal_(std=0.5 * narrow**-0.5))
+        self.out_bias = nn.Parameter(torch.zeros(narrow))
+        self.up_key = nn.Parameter(torch.zeros(narrow, wide))
+        self.up_value = nn.Parameter(torch.zeros(narrow, wide))
+
+
+class _Norm:
+    """The tasks' layer norms of states (rows, tokens, tasks, r), each over its task's own width.
+
+    Args:
+        stack: The tasks' `BlockSide`.
+        name: The name of the weight.
+    """
+
+    def __init__(self, stack: Stack, name: str) -> None:
+        self._weight, self._bias = stack.tensor(name), stack.tensor(f"{name}_bias")
+        widths = stack.sizes(lambda part: len(getattr(part, name)))
+        self._widths: Tensor | None = None
+        if len(set(widths) - {0}) > 1:
+            device = getattr(stack.parts[0], name).device
+            self._widths = torch.tensor(widths, device=device).clamp_min(1).unsqueeze(1)
+        self._spread = stack.spread
+
+    def __call__(self, states: Tensor) -> Tensor:
+        weight, bias = self._weight(), self._bias()
+        if weight.ndim == 1:
+            return layer_norm(states, weight.shape, weight, bias, EPS)
+        weight, bias = weight.unsqueeze(1), bias.unsqueeze(1)  # (1 or rows, 1, tasks, r)
+        if self._widths is None:
+            return torch.addcmul(bias, layer_norm(states, states.shape[-1:], eps=EPS), weight)
+        # What is beyond a task's own width is 0.
+        width = self._spread(self._widths).unsqueeze(1)
+        states = states.to(weight.dtype)
+        mean = states.sum(dim=-1, keepdim=True) / width
+        variance = states.square().sum(dim=-1, keepdim=True) / width - mean.square()
+        return (states - mean) * (variance.clamp_min(0) + EPS).rsqrt() * weight + bias
+
+
+class _SideBlock:
+    """What the side networks of a stream's tasks do in one block (a `memtune.streams.SideStates`).
+
+    Args:
+        stack: The tasks' `BlockSide`, all of them with the same mixing.
+        key: Where a pass has the state that leaves the block.
+        before: Where it has that of the block before; None if there is none.
+    """
+
+    def __init__(self, stack: Stack, key: tuple[int, int], before: tuple[int, int] | None) -> None:
+        self._key, self._before = key, before
+        self._down, self._out, self._own = map(stack.tensor, ("down", "out", "own"))
+        self._own_bias, self._out_bias = stack.tensor("own_bias"), stack.tensor("out_bias")
+        self._up_key, self._up_value = stack.tensor("up_key"), stack.tensor("up_value")
+        self._conv = stack.tensor("conv") if hasattr(stack.parts[0], "conv") else None
+        self._down_norm, self._norm = _Norm(stack, "down_norm"), _Norm(stack, "norm")
+
+    def states(self, trunk: TrunkBlock, current: Pass) -> Tensor:
+        """The states (rows, tokens, tasks, r) that leave the block; the pass has them for the next."""
+        if trunk.grid is None:
+            raise InputError(
+                "trunk: got a pass that does not say how its patches lie, which a side network has to know; make it "
+                "with the model's trunk_pass"
+            )
+        prefix, rows, columns = trunk.grid
+        down = self._down()
+        values = side_by_side(trunk.value)[:, : prefix + rows * columns].to(down.dtype)
+        states = self._down_norm(_all_tasks(values, down))
+        if self._before is not None:
+            states = states + current.side[self._before]
+            if not torch.is_grad_enabled():
+                del current.side[self._before]
+        normed = self._norm(states)
+        own, bias = self._own(), _beside(self._own_bias())
+        if self._conv is None:
+            mixed = gelu(_each_task(normed, own) + bias)
+        else:
+            patches = _convolved(normed[:, prefix:].unflatten(1, (rows, columns)), self._conv())
+            others = [_each_task(normed[:, :prefix], own)] if prefix else []
+            mixed = gelu(torch.cat([*others, patches], dim=1) + bias)
+        states = states + (_each_task(mixed, self._out()) + _beside(self._out_bias()))
+        current.side[self._key] = states
+        return states
+
+    def scores(self, query: Tensor, states: Tensor, tokens: int) -> Tensor:
+        """What scaled queries (rows, heads, tasks, head width) score more, (rows, heads, tasks, tokens)."""
+        up = in_front(self._up_key(), 4).unflatten(-1, (query.shape[1], -1))  # (1 or rows, 1 or tasks, r, heads, ...)
+        narrow = torch.einsum("nhkd,nkrhd->nkhr", query, up.to(query.dtype))
+        scores = (narrow @ states.permute(0, 2, 3, 1).to(narrow.dtype)).transpose(1, 2)
+        return pad(scores, (0, tokens - scores.shape[-1]))
+
+    def context(self, weights: Tensor, states: Tensor) -> Tensor:
+        """What weights (rows, heads, tasks, tokens) take more of the values, (rows, heads, tasks, head width)."""
+        up = in_front(self._up_value(), 4).unflatten(-1, (weights.shape[1], -1)).to(weights.dtype)
+        weights = weights[..., : states.shape[1]].transpose(1, 2)
+        return torch.einsum("nkhr,nkrhd->nhkd", weights @ states.transpose(1, 2).to(weights.dtype), up)
+
+
+def _all_tasks(values: Tensor, down: Tensor) -> Tensor:
+    """Values (rows, tokens, D) by the matrices of all tasks at once: (rows, tokens, tasks, r).
+
+    Args:
+        values: Those of the trunk.
+        down: (D, r) of one task, else (1 or rows, 1 or tasks, D, r).
+    """
+    if down.ndim == 2:
+        return (values @ down).unsqueeze(2)
+    if down.shape[0] > 1:
+        return (values @ down.squeeze(1)).unsqueeze(2)
+    return (values @ down.squeeze(0).transpose(0, 1).flatten(1)).unflatten(2, down.shape[1::2])
+
+
+def _each_task(states: Tensor, matrices: Tensor) -> Tensor:
+    """States (rows, tokens, tasks, r) by their tasks' matrices, (r, r) or (1 or rows, 1 or tasks, r, r)."""
+    if matrices.ndim == 2 or matrices.shape[0] > 1:
+        return per_task(states.squeeze(2), matrices).unsqueeze(2)
+    return per_task(states.flatten(0, 1), matrices).unflatten(0, states.shape[:2])
+
+
+def _beside(bias: Tensor) -> Tensor:
+    """Biases (r,) or (1 or rows, 1 or tasks, r) to be added to states (rows, tokens, tasks, r)."""
+    return bias if bias.ndim == 1 else bias.unsqueeze(1)
+
+
+def _convolved(states: Tensor, kernels: Tensor) -> Tensor:
+    """The 3x3 convolution of each task over the grid of patches, with a border of zeros.
+
+    Args:
+        states: (rows, height, width, tasks, r).
+        kernels: (r, r, 3, 3) of one task, else (1 or rows, 1 or tasks, r, r, 3, 3).
+
+    Returns:
+        (rows, patches, tasks, r).
+    """
+    rows, height, width, tasks, narrow = states.shape
+    kernels = in_front(kernels, 6)
+    if kernels.shape[0] == 1:
+        grids = states.flatten(3).permute(0, 3, 1, 2)  # in memory as it was: channels last
+    else:
+        grids = states.squeeze(3).permute(0, 3, 1, 2).reshape(1, rows * narrow, height, width)
+    grids = conv2d(grids, kernels.flatten(0, 2).to(grids.dtype), padding=1, groups=kernels.shape[0] * kernels.shape[1])
+    if kernels.shape[0] == 1:
+        return grids.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (tasks, narrow))
+    return grids.view(rows, narrow, height * width).transpose(1, 2).unsqueeze(2)
+
+
+@register_method
+class SideNetworkAdapter(Adapter[SideNetworkConfig]):
+    """A side network for the blocks of one backbone; only the task token reads it."""
+
+    config_class = SideNetworkConfig
+
+    def __init__(self, config: SideNetworkConfig, backbone: Backbone) -> None:
+        super().__init__(config.for_mode(masked=True), backbone)
+        self.blocks = nn.ModuleDict(
+            {str(block.index): BlockSide(block.width, config) for block in config.select(backbone)}
+        )
+
+    @classmethod
+    def attach(cls, stream: Stream, adapters: Sequence[Any]) -> None:
+        """Give each block's attention the states that the tasks have beside it."""
+        for mixing in MIXINGS:
+            same = [each if each and each.config.mixing == mixing else None for each in adapters]
+            number = sum(len(site.sides) for site in stream.sites)  # another one for each network of the stream
+            before = None
+            for block, stack in stream.stacks(same):
+                key = (number, block.index)
+                stream.sites[block.index].sides.append(_SideBlock(stack, key, before))
+                before = key

@@ -1,0 +1,249 @@
+"""The side network: the streamed form equals K' and V' written out, alone and among tasks of other shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from backbone_zoo import BY_NAME, GLOBAL, Case, each
+from torch import Tensor
+from torch.nn.functional import conv2d, gelu, layer_norm
+
+import memtune
+from memtune import LoraConfig, MemoryConfig, SideNetworkConfig, TrainingConfig
+from memtune.errors import ConfigError, InputError
+from memtune.methods.adapter import Adapter
+from memtune.streams import Grid, Pass
+
+VIT = BY_NAME["vit"]
+CONFIGS = [
+    SideNetworkConfig(width=4),
+    SideNetworkConfig(width=7),
+    SideNetworkConfig(width=5, mixing="none"),
+    SideNetworkConfig(width=4, blocks=[1]),
+]
+
+
+def moved(model: memtune.TunedModel, seed: int = 0) -> memtune.TunedModel:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.task.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    return model.eval()
+
+
+def tuned(backbone: Any, *configs: Any, seed: int = 0, **options: Any) -> memtune.TunedModel:
+    return moved(memtune.wrap(backbone, list(configs), num_labels=3, masked=True, **options), seed)
+
+
+def slow_states(values: Tensor, before: Tensor, part: dict[str, Tensor], grid: Grid) -> Tensor:
+    """One image's states (T, r) after a block, token by token, of its values (T, D) and the states before."""
+    wide = len(part["norm"])
+    normed = []
+    for token, state in zip(values, before, strict=True):
+        down = token @ part["down"]
+        down = (down - down.mean()) / (down.var(unbiased=False) + 1e-5).sqrt() * part["down_norm"]
+        normed.append(state + down + part["down_norm_bias"])
+    updated = torch.stack(normed)
+    normed_states = layer_norm(updated, (wide,), part["norm"], part["norm_bias"])
+    mixed = torch.zeros_like(updated)
+    for token in range(len(values)):
+        place = token - grid.prefix
+        if "conv" not in part or place < 0:
+            mixed[token] = normed_states[token] @ part["own"]
+            continue
+        row, column = divmod(place, grid.columns)
+        for down_by in (-1, 0, 1):
+            for right_by in (-1, 0, 1):
+                if 0 <= row + down_by < grid.rows and 0 <= column + right_by < grid.columns:
+                    there = grid.prefix + (row + down_by) * grid.columns + column + right_by
+                    mixed[token] += part["conv"][:, :, down_by + 1, right_by + 1] @ normed_states[there]
+    return updated + gelu(mixed + part["own_bias"]) @ part["out"] + part["out_bias"]
+
+
+def written_out(current: Pass, adapter: Adapter) -> Pass:
+    """The pass with K' and V' in place of the trunk's keys and values."""
+    parts: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in adapter.state_dict().items():
+        _, index, key = name.split(".")
+        parts.setdefault(int(index), {})[key] = tensor
+    states: list[Tensor] | None = None
+    blocks = []
+    for index, block in enumerate(current.trunk):
+        if index in parts:
+            part, (images, heads, tokens, _) = parts[index], block.value.shape
+            assert block.grid is not None
+            values = block.value.transpose(1, 2).flatten(2)
+            states = states or [torch.zeros(tokens, len(part["norm"]))] * images
+            states = [slow_states(values[image], states[image], part, block.grid) for image in range(images)]
+            key, value = (
+                (torch.stack(states) @ part[name]).unflatten(2, (heads, -1)).transpose(1, 2)
+                for name in ("up_key", "up_value")
+            )
+            block = block._replace(key=block.key + key, value=block.value + value)
+        blocks.append(block)
+    return replace(current, trunk=blocks)
+
+
+def slow_logits(model: memtune.TunedModel, images: Tensor, **options: Any) -> Tensor:
+    """The answer of a task without a side network that reads K' and V'."""
+    configs = [config for config in model.task.configs if config.method != "side_network"]
+    bare = memtune.wrap(model.backbone, configs, num_labels=3, masked=True).eval()
+    own = model.task.tensors()
+    bare.task.load_tensors({key: own[key] for key in bare.task.tensors()})
+    side = next(adapter for adapter in model.task.adapters if adapter.config.method == "side_network")
+    return bare(trunk=written_out(model.trunk_pass(images, **options), side)).logits
+
+
+@each(GLOBAL)
+@torch.no_grad()
+def test_it_is_the_formula_written_out(case: Case) -> None:
+    images = case.images()
+    for config in CONFIGS[:1] if case.name != "vit" else CONFIGS:
+        model = tuned(case.build(), MemoryConfig(2), config)
+        expected = slow_logits(model, images)
+        torch.testing.assert_close(model(images).logits, expected, atol=1e-5, rtol=1e-5)
+        without = memtune.wrap(model.backbone, MemoryConfig(2), num_labels=3, masked=True).eval()
+        own = model.task.tensors()
+        without.task.load_tensors({key: own[key] for key in without.task.tensors()})
+        assert (without(images).logits - expected).abs().max() > 1e-3
+
+
+@each([BY_NAME["vit"], BY_NAME["dinov2_with_registers"], BY_NAME["beit"]])
+@torch.no_grad()
+def test_images_that_are_no_squares(case: Case) -> None:
+    model = tuned(case.build(), SideNetworkConfig(width=4))
+    height, width = case.images().shape[-2:]
+    images = torch.randn(2, 3, height, 2 * width)
+    options = {"interpolate_pos_encoding": True}
+    expected = slow_logits(model, images, **options)
+    torch.testing.assert_close(model(images, **options).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_tasks_of_several_widths_and_mixings_together(attention: str) -> None:
+    backbone = VIT.build()
+    backbone.set_attn_implementation(attention)
+    images = VIT.images(7)
+    kinds = [[MemoryConfig(2), config] for config in CONFIGS] + [[MemoryConfig(3)], [LoraConfig(r=2), CONFIGS[1]], []]
+    models = {str(number): tuned(backbone, *configs, seed=number) for number, configs in enumerate(kinds)}
+    alone = {name: model(images).logits for name, model in models.items()}
+    base = backbone(images).logits if hasattr(backbone(images), "logits") else backbone(images).last_hidden_state
+    together = memtune.combine(backbone, models)
+    for names in ([*models], ["1", "5"], ["2"], ["4", "0", "3"]):
+        answers = together(images, tasks=names)
+        for name in names:
+            torch.testing.assert_close(answers[name].logits, alone[name], atol=1e-5, rtol=1e-5)
+        own = answers.base.logits if hasattr(answers.base, "logits") else answers.base.last_hidden_state
+        assert torch.equal(own, base)
+    for rows in ([*models], ["1", "1", "2", "0", "3", "5", "6"]):
+        for image, (name, answer) in enumerate(zip(rows, together(images, rows=rows), strict=True)):
+            torch.testing.assert_close(answer.logits[0], alone[name][image], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_it_goes_along_with_the_trunk() -> None:
+    """Block by block or after the trunk: the same answer, and only the last state is kept."""
+    model = tuned(VIT.build(), SideNetworkConfig(width=4))
+    images = VIT.images()
+    after = model(trunk=model.trunk_pass(images)).logits
+    torch.testing.assert_close(model(images).logits, after)
+    together = memtune.combine(model.backbone, {"a": model})
+    torch.testing.assert_close(together(images)["a"].logits, after)
+
+
+def test_gradients_are_those_of_the_formula() -> None:
+    model = tuned(VIT.build().double(), MemoryConfig(1), SideNetworkConfig(width=3)).double()
+    images = VIT.images(1).double()
+    current = model.trunk_pass(images)
+    side = model.task.adapters[1]
+    names, values = zip(*side.named_parameters(), strict=True)
+    chosen = [number for number, name in enumerate(names) if name.startswith("blocks.0")]
+
+    def answer(*own: Tensor) -> Tensor:
+        given = {f"task.adapters.1.{names[number]}": value for number, value in zip(chosen, own, strict=True)}
+        return torch.func.functional_call(model, given, kwargs={"trunk": current}).logits.sum(dim=-1)
+
+    assert torch.autograd.gradcheck(answer, [values[number] for number in chosen], fast_mode=True)
+
+
+def test_a_task_extends_one_with_a_side_network() -> None:
+    backbone, images = VIT.build(), VIT.images()
+    first = tuned(backbone, SideNetworkConfig(width=4))
+    second = tuned(
+        backbone, MemoryConfig(2), SideNetworkConfig(width=3), extends=memtune.combine(backbone, {"a": first}), seed=1
+    )
+    together = memtune.combine(backbone, {"a": first, "b": second})
+    with torch.no_grad():
+        answers = together(images)
+        for name, model in (("a", first), ("b", second)):
+            torch.testing.assert_close(answers[name].logits, model(images).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_training_from_a_cache_is_training_without(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    items = [{"pixel_values": VIT.images(1)[0] + index, "labels": index % 3} for index in range(9)]
+    runs = []
+    for cache in (None, tmp_path / "cache"):
+        model = memtune.wrap(VIT.build(), [MemoryConfig(2), SideNetworkConfig(width=4)], num_labels=3, masked=True)
+        torch.manual_seed(2)
+        for adapter in model.task.adapters:
+            for parameter in adapter.parameters():
+                torch.nn.init.normal_(parameter, std=0.2)
+        torch.nn.init.zeros_(model.task.head.weight)
+        settings = TrainingConfig(
+            num_train_epochs=2,
+            per_device_train_batch_size=4,
+            disable_tqdm=True,
+            trunk_cache=cache,
+            trunk_cache_dtype="float32",
+        )
+        memtune.fit(model, items, config=settings)
+        runs.append(model.task.tensors())
+    for key, value in runs[0].items():
+        torch.testing.assert_close(runs[1][key], value, atol=1e-5, rtol=1e-4)
+
+
+def test_unmasked_mode_is_refused_before_anything_changes() -> None:
+    backbone = VIT.build()
+    with pytest.raises(ConfigError, match=r"side_network: got masked=False, .*pass masked=True"):
+        memtune.wrap(backbone, SideNetworkConfig(), num_labels=2)
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"width": 0}, "width: got 0, expected a whole number"),
+        ({"width": True}, "width: got True"),
+        ({"mixing": "attention"}, r"mixing: got 'attention', expected one of \('conv', 'none'\)"),
+        ({"blocks": "all"}, "blocks: got 'all'"),
+    ],
+)
+def test_a_wrong_setting_is_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SideNetworkConfig(**settings)
+
+
+def test_a_pass_that_does_not_say_how_patches_lie() -> None:
+    model = tuned(VIT.build(), SideNetworkConfig(width=4))
+    current = model.trunk_pass(VIT.images())
+    blank = replace(current, trunk=[block._replace(grid=None) for block in current.trunk])
+    with pytest.raises(InputError, match="does not say how its patches lie"):
+        model(trunk=blank)
+
+
+def test_the_convolution_is_torchs() -> None:
+    """The slow loop above against conv2d, so that its own order of rows and columns is right."""
+    torch.manual_seed(0)
+    part = {"conv": torch.randn(2, 2, 3, 3), "down": torch.zeros(3, 2), "own": torch.zeros(2, 2)}
+    part |= {"out": torch.eye(2)} | {name: torch.ones(2) for name in ("down_norm", "norm")}
+    part |= {name: torch.zeros(2) for name in ("down_norm_bias", "norm_bias", "own_bias", "out_bias")}
+    before = torch.randn(6, 2)
+    got = slow_states(torch.randn(6, 3), before, part, Grid(0, 2, 3)) - before
+    normed = layer_norm(before, (2,)).T.view(1, 2, 2, 3)
+    torch.testing.assert_close(got.T.view(1, 2, 2, 3), gelu(conv2d(normed, part["conv"], padding=1)))
