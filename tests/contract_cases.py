@@ -65,13 +65,17 @@ class Row:
     def name(self) -> str:
         return "-".join(filter(None, (self.config.method, self.note)))
 
+    @property
+    def modes(self) -> tuple[bool, ...]:
+        """The modes, masked or not, that the method has."""
+        return (True,) if self.masked_alone else (False, True)
+
     def places(self) -> list[tuple[Case, bool]]:
         """The models and modes (masked or not) that the method runs on."""
         cases = [BY_NAME[name] for name in self.cases]
         if not self.note and not find_method(self.config.method).needs_attention_function:
             cases += PLAIN_FAMILIES
-        modes = (True,) if self.masked_alone else (False, True)
-        return [(case, masked) for case in cases for masked in modes if not masked or can_be_masked(case)]
+        return [(case, masked) for case in cases for masked in self.modes if not masked or can_be_masked(case)]
 
     def changed(self, case: Case, backbone: Any) -> list[tuple[int, nn.Module, int]]:
         """Index, module and width of each block that the method changes."""
@@ -140,16 +144,16 @@ ROWS = [
         unchanged=False,
     ),
     Row(
-        SideNetworkConfig(width=4),
+        SideNetworkConfig(width=8),
         keys=(*SIDE_KEYS, "conv"),
-        count=lambda block, width, feature_width: 3 * width * 4 + 11 * 4 * 4 + 6 * 4,
+        count=lambda block, width, feature_width: 3 * width * 8 + 11 * 8 * 8 + 6 * 8,
         unchanged=True,
         masked_alone=True,
     ),
     Row(
-        SideNetworkConfig(width=4, mixing="none"),
+        SideNetworkConfig(width=8, mixing="none"),
         keys=SIDE_KEYS,
-        count=lambda block, width, feature_width: 3 * width * 4 + 2 * 4 * 4 + 6 * 4,
+        count=lambda block, width, feature_width: 3 * width * 8 + 2 * 8 * 8 + 6 * 8,
         unchanged=True,
         masked_alone=True,
         cases=FEW,

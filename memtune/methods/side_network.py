@@ -17,7 +17,8 @@ and the task token sees K + s U_K and V + s U_V in place of K and V. Neither is 
 The first s is 0: a trained start would be the bias of the first norm. U_K = U_V = 0 at first, so that a new adapter
 changes nothing. The trunk stays as it is, and its values are all that is read of it: masked mode alone.
 
-Parameters: L (3 D r + 11 r^2 + 6 r) for L blocks, without a convolution L (3 D r + 2 r^2 + 6 r). Multiply-adds in each
+Parameters: L (3 D r + 11 r^2 + 6 r) for L blocks, without a convolution L (3 D r + 2 r^2 + 6 r);
+with one, on a backbone whose tokens are all patches, C is left out: L r^2 fewer. Multiply-adds in each
 block for T tokens, P of them patches, and H heads: T D r + 9 P r^2 + (T - P) r^2 + T r^2 + 2 H T r + 2 D r; without a
 convolution T D r + 2 T r^2 + 2 H T r + 2 D r.
 """
@@ -87,9 +88,10 @@ class BlockSide(nn.Module):
     Args:
         block_width: The block's width, D.
         config: The method's settings.
+        patches_alone: Whether all of the backbone's tokens are those of patches.
     """
 
-    def __init__(self, block_width: int, config: SideNetworkConfig) -> None:
+    def __init__(self, block_width: int, config: SideNetworkConfig, *, patches_alone: bool) -> None:
         super().__init__()
         wide, narrow = block_width, config.width
         self.down = nn.Parameter(torch.empty(wide, narrow).normal_(std=wide**-0.5))
@@ -99,7 +101,8 @@ class BlockSide(nn.Module):
         self.norm_bias = nn.Parameter(torch.zeros(narrow))
         if config.mixing == "conv":
             self.conv = nn.Parameter(torch.empty(narrow, narrow, 3, 3).normal_(std=(9 * narrow) ** -0.5))
-        self.own = nn.Parameter(torch.empty(narrow, narrow).normal_(std=narrow**-0.5))
+        if config.mixing == "none" or not patches_alone:
+            self.own = nn.Parameter(torch.empty(narrow, narrow).normal_(std=narrow**-0.5))
         self.own_bias = nn.Parameter(torch.zeros(narrow))
         self.out = nn.Parameter(torch.empty(narrow, narrow).normal_(std=0.5 * narrow**-0.5))
         self.out_bias = nn.Parameter(torch.zeros(narrow))
@@ -150,7 +153,8 @@ class _SideBlock:
 
     def __init__(self, stack: Stack, key: tuple[int, int], before: tuple[int, int] | None) -> None:
         self._key, self._before = key, before
-        self._down, self._out, self._own = map(stack.tensor, ("down", "out", "own"))
+        self._down, self._out = stack.tensor("down"), stack.tensor("out")
+        self._own = stack.tensor("own") if hasattr(stack.parts[0], "own") else None
         self._own_bias, self._out_bias = stack.tensor("own_bias"), stack.tensor("out_bias")
         self._up_key, self._up_value = stack.tensor("up_key"), stack.tensor("up_value")
         self._conv = stack.tensor("conv") if hasattr(stack.parts[0], "conv") else None
@@ -172,13 +176,11 @@ class _SideBlock:
             if not torch.is_grad_enabled():
                 del current.side[self._before]
         normed = self._norm(states)
-        own, bias = self._own(), _beside(self._own_bias())
-        if self._conv is None:
-            mixed = gelu(_each_task(normed, own) + bias)
-        else:
-            patches = _convolved(normed[:, prefix:].unflatten(1, (rows, columns)), self._conv())
-            others = [_each_task(normed[:, :prefix], own)] if prefix else []
-            mixed = gelu(torch.cat([*others, patches], dim=1) + bias)
+        alone = normed if self._conv is None else normed[:, :prefix]
+        mixed = [] if self._own is None else [_each_task(alone, self._own())]
+        if self._conv is not None:
+            mixed.append(_convolved(normed[:, prefix:].unflatten(1, (rows, columns)), self._conv()))
+        mixed = gelu(torch.cat(mixed, dim=1) + _beside(self._own_bias()))
         states = states + (_each_task(mixed, self._out()) + _beside(self._out_bias()))
         current.side[self._key] = states
         return states
@@ -253,8 +255,13 @@ class SideNetworkAdapter(Adapter[SideNetworkConfig]):
 
     def __init__(self, config: SideNetworkConfig, backbone: Backbone) -> None:
         super().__init__(config.for_mode(masked=True), backbone)
+        # timm's towers say how many tokens stand before the patches; transformers' without a class token have none.
+        before = getattr(backbone.tower, "num_prefix_tokens", backbone.class_token is not None)
         self.blocks = nn.ModuleDict(
-            {str(block.index): BlockSide(block.width, config) for block in config.select(backbone)}
+            {
+                str(block.index): BlockSide(block.width, config, patches_alone=not before)
+                for block in config.select(backbone)
+            }
         )
 
     @classmethod

@@ -9,6 +9,7 @@ import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from contract_promises import PROMISES, Promise
 from timm_zoo import BY_NAME, CASES, SMALL, TimmCase
 
 import memtune
-from memtune import ApproximatedPromptConfig, CodaPromptConfig, LoraConfig, MemoryConfig
+from memtune import ApproximatedPromptConfig, CodaPromptConfig, LoraConfig, MemoryConfig, SideNetworkConfig
 from memtune.backbones.backbone import Backbone, as_pretrained
 from memtune.backbones.fingerprints import fingerprint, same_weights
 from memtune.backbones.fused import LinearPart
@@ -58,10 +59,12 @@ def wrapped(backbone: Any, config: Any, masked: bool, **options: Any) -> memtune
 
 
 @pytest.mark.parametrize("case", [VIT, BY_NAME["timm-dinov2-registers"], BY_NAME["timm-siglip"]], ids=lambda c: c.name)
-@modes
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize(("row", "masked"), [(row, masked) for row in ROWS for masked in row.modes])
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
 def test_every_method_keeps_the_contract(promise: Promise, row: Row, masked: bool, case: TimmCase) -> None:
+    if row.config == SideNetworkConfig(width=8) and case.name == "timm-siglip":  # whose tokens are all patches
+        keys = tuple(key for key in row.keys if key != "own")
+        row = replace(row, keys=keys, count=lambda *given, count=row.count: count(*given) - 8 * 8)
     promise(row, case, masked)
 
 

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -181,7 +182,7 @@ def test_killed_at_any_task_it_goes_on(tmp_path):
     """A process that is killed while it trains the second task, and another that goes on."""
     folder, script = tmp_path / "run", tmp_path / "run.py"
     script.write_text(
-        f"import sys, os\nsys.path[:] = {sys.path!r}\nimport test_continual as t\n"
+        f"import sys, os\nsys.path[:] = {[*sys.path, str(Path(__file__).parent)]!r}\nimport test_continual as t\n"
         "class Killing(list):\n"
         "    def __getitem__(self, index): os.kill(os.getpid(), 9)\n"
         "tasks = t.sequence()\n"

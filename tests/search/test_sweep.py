@@ -177,7 +177,7 @@ def test_a_stopped_trial_keeps_its_values_whatever_the_sampler_proposes_now(tmp_
 def test_killed_in_a_trial_it_goes_on(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
-        f"import sys, os\nsys.path[:] = {sys.path!r}\nimport test_sweep as t\n"
+        f"import sys, os\nsys.path[:] = {[*sys.path, str(Path(__file__).parent)]!r}\nimport test_sweep as t\n"
         "calls, original = [], t.search.fit\n"
         "def fit(*args, **kwargs):\n"
         "    calls.append(0)\n"

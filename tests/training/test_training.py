@@ -64,15 +64,16 @@ def test_the_learning_rate_rises_and_falls():
     assert rates == pytest.approx([5e-3 * share for share in (0.2, 0.4, 0.6, 0.8, 1, *falling)])
 
 
-def test_biases_do_not_decay():
-    model = tuned()
-    with torch.no_grad():
-        model.task.head.bias.fill_(1.0)
+def test_what_has_one_dimension_does_not_decay():
+    model = memtune.wrap(tuned().detach(), memtune.SideNetworkConfig(width=4), num_labels=2, masked=True)
     optimizer = make_optimizer(model, TrainingConfig(weight_decay=0.1).for_mode(masked=False))
     decays = {id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     assert decays.keys() == trained
     assert decays[id(model.task.head.bias)] == 0
+    side = model.task.adapters[0].blocks["0"]
+    assert decays[id(side.norm)] == decays[id(side.own_bias)] == 0
+    assert decays[id(side.down)] == 0.1
     assert decays[id(model.task.head.weight)] == 0.1
 
 
