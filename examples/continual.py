@@ -6,7 +6,9 @@
 The folder of images is `{train,test}/<class>/*`. The adapter and the state of the run go to `--output_dir` after each
 task: the same command again goes on where it was stopped. At the end, `all_results.json` and `accuracy.png` join them.
 
-Baselines: `--method head` trains the head alone, `--method full` the whole backbone (which cannot be resumed).
+Baselines: `--method head` trains the head alone, `--method full` the whole backbone (which cannot be resumed), and
+`--method closed_form` solves the head from sums over the images: it needs no training, and forgets nothing. With
+`--random_features 10000` it is RanPAC (https://arxiv.org/abs/2307.02251).
 """
 
 from __future__ import annotations
@@ -40,8 +42,14 @@ def parse_arguments() -> argparse.Namespace:
     defaults = memtune.TrainingConfig()
     add = parser.add_argument_group("model").add_argument
     add("--model_name_or_path", required=True, help="the backbone: a folder, or a model on the Hub")
-    add("--method", default="coda_prompts", choices=["head", "full", *method_names()], help="what is trained")
+    add(
+        "--method",
+        default="coda_prompts",
+        choices=["head", "full", "closed_form", *method_names()],
+        help="what is trained",
+    )
     add("--method_config", type=json.loads, default={}, help="settings of the method as JSON, as '{\"pool_size\": 50}'")
+    add("--random_features", type=int, help="number of random features that the head reads in place of the feature")
     add("--masked", action="store_true", help="train in the task stream; the backbone's own answer stays as it is")
     add("--attn_implementation", help="the backbone's attention kernel: sdpa, eager, flash_attention_2 ...")
     add("--image_size", type=int, help="height and width in pixels, in place of the processor's")
@@ -71,6 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--lr_scheduler_type", default=defaults.lr_scheduler_type, help="%(default)s")
     add("--optim", default=defaults.optim, choices=["adamw", "sgd"], help="%(default)s")
     add("--mixed_precision", choices=["no", "bf16", "fp16"], help="by default what accelerate launch was told, or no")
+    add("--trunk_cache", help="a folder for what the backbone makes of each image, where nothing changes it")
     add("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
     args = parser.parse_args()
     if args.method == "full" and args.masked:
@@ -88,12 +97,13 @@ def build_model(args: argparse.Namespace, labels: list[str]) -> memtune.TunedMod
         args.model_name_or_path, attn_implementation=args.attn_implementation
     )
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
-    if args.method in ("head", "full"):
+    if args.method in ("head", "full", "closed_form"):
         config: Any = memtune.MemoryConfig(tokens=0, class_token=False)
     else:
         sequence = {"num_tasks": args.tasks} if args.method == "coda_prompts" else {}
         config = read_config({"method": args.method} | sequence | args.method_config)
-    model = memtune.wrap(backbone, config, labels=labels, masked=args.masked, processor=processor)
+    head: Any = "linear" if args.random_features is None else memtune.RandomFeatures(args.random_features)
+    model = memtune.wrap(backbone, config, labels=labels, head=head, masked=args.masked, processor=processor)
     if args.method == "full":
         backbone.requires_grad_(True)
     return model
@@ -125,6 +135,7 @@ def main() -> None:
         tasks,
         training_config(args),
         loss=args.loss,
+        solver="closed_form" if args.method == "closed_form" else "gradient",
         output_dir=None if args.method == "full" else output,
     )
     if not state.is_main_process:

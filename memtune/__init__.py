@@ -26,4 +26,6 @@ from .models import pipeline as pipeline
 from .models import wrap as wrap
 from .preparation import TrainingConfig as TrainingConfig
 from .search import sweep as sweep
+from .tasks import RandomFeatures as RandomFeatures
 from .training import fit as fit
+from .training import fit_closed_form as fit_closed_form

@@ -6,7 +6,7 @@ A new method needs one row in `ROWS`, and `test_contract.py` then tests it on fa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -49,6 +49,7 @@ class Row:
         cases: Names of the models to run on. One method meets every variant of a tower; the others meet the towers that
             differ most, and all families in the tests of their own formulas.
         masked_alone: Whether the method has no unmasked mode.
+        pooled: Values that it trains beyond its blocks, by their keys, where it makes the feature without a token.
         note: What tells the row from others of its method.
     """
 
@@ -59,6 +60,7 @@ class Row:
     steps: int = 2
     cases: tuple[str, ...] = SOME
     masked_alone: bool = False
+    pooled: dict[str, int] = field(default_factory=dict)
     note: str = ""
 
     @property
@@ -149,6 +151,16 @@ ROWS = [
         count=lambda block, width, feature_width: 3 * width * 8 + 11 * 8 * 8 + 6 * 8,
         unchanged=True,
         masked_alone=True,
+    ),
+    Row(
+        SideNetworkConfig(width=8, readout="pool"),
+        keys=tuple(key for key in (*SIDE_KEYS, "conv") if not key.startswith("up_")),
+        count=lambda block, width, feature_width: width * 8 + 11 * 8 * 8 + 6 * 8,
+        unchanged=False,
+        masked_alone=True,
+        cases=FEW,
+        pooled={f"pool.{name}": 8 for name in ("first", "first_bias", "mean", "mean_bias")},
+        note="pooled",
     ),
     Row(
         SideNetworkConfig(width=8, mixing="none"),

@@ -56,6 +56,8 @@ def all_that_the_task_owns_trains_and_nothing_else(row: Row, case: Case, masked:
 @promise
 def a_new_adapter_changes_the_features_only_if_the_table_says_so(row: Row, case: Case, masked: bool) -> None:
     model = wrapped(row, case, masked).eval()
+    if row.pooled:  # features of its own
+        return
     bare = memtune.wrap(model.backbone, [], num_labels=3, masked=masked).eval()
     if bare.task.class_token is not None:
         bare.task.class_token.data.copy_(model.task.token().view_as(bare.task.class_token))
@@ -69,9 +71,11 @@ def the_number_of_trained_values_is_the_formula(row: Row, case: Case, masked: bo
     backbone = case.build()
     counts = wrapped(row, case, masked, backbone).trainable_parameters()
     width = case.widths(backbone)[-1]
-    assert counts[row.config.method] == sum(
-        row.count(block, own_width, width) for _, block, own_width in row.changed(case, backbone)
-    )
+    in_blocks = sum(row.count(block, own_width, width) for _, block, own_width in row.changed(case, backbone))
+    assert counts[row.config.method] == in_blocks + sum(row.pooled.values())
+    if row.pooled:
+        assert counts["class_token"] == 0
+        return
     has_token = masked or (row.config.trains_class_token() and case.facts.class_token is not None)
     assert counts["class_token"] == width * has_token
     assert counts["head"] == 3 * width + 3
@@ -94,7 +98,7 @@ def what_is_loaded_is_what_was_saved_under_keys_of_roles(row: Row, case: Case, m
         keys = set(load_file(one / "adapter_model.safetensors"))
     assert loaded.task.methods == [row.config.method]
     own = {f"blocks.{index}.{key}" for index, _, _ in row.changed(case, backbone) for key in row.keys}
-    assert keys - {"class_token"} == own | {"head.weight", "head.bias"}
+    assert keys - {"class_token"} == own | row.pooled.keys() | {"head.weight", "head.bias"}
 
 
 @promise

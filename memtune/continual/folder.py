@@ -43,7 +43,7 @@ class RunFolder:
         model: The model before its first task.
         tasks: The `ContinualTask`s.
         config: The settings of training.
-        loss: The loss.
+        loss: The loss, or "closed_form".
 
     Raises:
         ConfigError: The backbone is being trained, which an adapter folder does not hold.

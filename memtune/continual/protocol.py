@@ -30,7 +30,7 @@ from ..errors import ConfigError, InputError
 from ..evaluation import evaluate
 from ..models import TunedModel
 from ..preparation import TrainingConfig
-from ..training import fit
+from ..training import FeatureSums, fit, read_features, solve_head
 from .folder import RunFolder, start_task
 from .result import ContinualResult
 
@@ -98,6 +98,7 @@ def fit_continual(
     config: TrainingConfig | None = None,
     *,
     loss: Literal["local", "seen"] = "local",
+    solver: Literal["gradient", "closed_form"] = "gradient",
     output_dir: str | Path | None = None,
 ) -> ContinualResult:
     """Train a model's adapter on one task after the other, and test it on all tasks so far after each.
@@ -111,6 +112,10 @@ def fit_continual(
         config: The settings of each task's training.
         loss: "local": cross-entropy among the classes of the present task, as if the head had no others; "seen": among
             those of all tasks so far.
+        solver: "gradient": `fit` trains on each task. "closed_form": nothing but the head changes, which is solved anew
+            from sums over the images of all tasks so far (see `fit_closed_form`): no earlier image is needed, nothing
+            is forgotten, and no order of the tasks gives another head, but for the strength of its penalty, which the
+            last task's images choose. A run that goes on reads the images of finished tasks again, for the sums.
         output_dir: The adapter folder, written anew after each task together with `continual.json`, which holds the
             result so far. If it holds an unfinished run with these settings, this goes on after the last task that was
             finished, to the same result as without the interruption.
@@ -131,43 +136,58 @@ def fit_continual(
         )
     if loss not in ("local", "seen"):
         raise ConfigError(f"loss: got {loss!r}, expected 'local' or 'seen'")
+    if solver not in ("gradient", "closed_form"):
+        raise ConfigError(f"solver: got {solver!r}, expected 'gradient' or 'closed_form'")
+    head = model.task.require_head("fit_continual")
+    sums = FeatureSums(head) if solver == "closed_form" else None
     _check_classes(tasks, len(model.task.labels))
     tasks = [_checked(task) for task in tasks]
     _rehearse(model, len(tasks))
-    folder = None if output_dir is None else RunFolder(Path(output_dir), model, tasks, config, loss)
+    how = loss if solver == "gradient" else solver
+    folder = None if output_dir is None else RunFolder(Path(output_dir), model, tasks, config, how)
     result = ContinualResult(
         classes=[list(task.classes) for task in tasks], eval_images=[len(task.eval_dataset) for task in tasks]
     )
     if folder is not None:
         result = folder.resume(model) or result
+    if sums is not None:
+        for task in tasks[: result.tasks_done]:
+            sums.add(*read_features(model, task.train_dataset, config))
     for number in range(result.tasks_done, len(tasks)):
-        _train_task(model, tasks, number, config, loss, result)
+        _learn_task(model, tasks, number, config, loss, sums, result)
         if folder is not None:
             folder.save(model, result)
     return result
 
 
-def _train_task(
+def _learn_task(
     model: TunedModel,
     tasks: Sequence[ContinualTask],
     number: int,
     config: TrainingConfig,
     loss: Literal["local", "seen"],
+    sums: FeatureSums | None,
     result: ContinualResult,
 ) -> None:
-    """Train on one task, test on all so far, and add that to the result."""
+    """Learn one task, test on all so far, and add that to the result."""
     start = time.perf_counter()
     config = replace(config, seed=config.seed + number)
     set_seed(config.seed)  # for what start_task draws
     start_task(model, number)
     seen = [each for task in tasks[: number + 1] for each in task.classes]
-    loss_function = ClassCrossEntropy(
-        tasks[number].classes if loss == "local" else seen, label_smoothing=config.label_smoothing_factor or 0.0
-    )
-    trained = fit(model, tasks[number].train_dataset, config=config, compute_loss_func=loss_function)
+    if sums is None:
+        loss_function = ClassCrossEntropy(
+            tasks[number].classes if loss == "local" else seen, label_smoothing=config.label_smoothing_factor or 0.0
+        )
+        history = fit(model, tasks[number].train_dataset, config=config, compute_loss_func=loss_function).history
+    else:
+        features, labels = read_features(model, tasks[number].train_dataset, config)
+        sums.add(features, labels)
+        solved = solve_head(model.task.require_head("fit_continual"), sums, features, labels)
+        history = [{"loss": solved.loo_loss, "accuracy": solved.loo_accuracy, "ridge": solved.ridge}]
     row = [evaluate(model, task.eval_dataset, config, classes=seen)["accuracy"] for task in tasks[: number + 1]]
     result.accuracy_matrix.append(row)
-    result.histories.append(trained.history)
+    result.histories.append(history)
     result.seconds += time.perf_counter() - start
     logger.info("task %d of %d: average accuracy %.4f, %s", number + 1, len(tasks), result.average_accuracy, row)
 

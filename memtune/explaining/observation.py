@@ -30,6 +30,11 @@ class Observer:
         task, self.processor = _find_task(model, name)
         self.backbone = Backbone(model.backbone)
         _check_backbone(self.backbone, task.masked)
+        if not task.has_token:
+            raise ConfigError(
+                f"got a task of the methods {task.methods} without a token (readout='pool'), and so no attention to be "
+                "shown; train with readout='token'"
+            )
         self.task: Task = copy.deepcopy(task).eval()  # in training, methods would drop values
         self._trunk = Trunk(self.backbone)
         self._lane = lane_of(self.backbone, self.task)

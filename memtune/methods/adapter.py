@@ -41,6 +41,10 @@ class AdapterConfig:
         """Whether the task gets a class token of its own in unmasked mode too (in masked mode every task has one)."""
         return False
 
+    def feature_width(self, backbone: Backbone) -> int | None:
+        """Width of the feature that the method itself makes for the head, so that no token is needed; else None."""
+        return None
+
     @classmethod
     def adopt(cls, value: Any) -> AdapterConfig | None:
         """The settings that a configuration of another library gives, or None where the method knows no such."""

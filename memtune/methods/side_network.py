@@ -14,6 +14,9 @@ and the task token sees K + s U_K and V + s U_V in place of K and V. Neither is 
     scores    q_i K_i^T + (q_i (U_K)_i^T) s^T
     context   p V_i + (p s) (U_V)_i,   p what softmax gives the trunk's tokens
 
+With `readout="pool"` there is no task token: the head reads LN(mean over the patches of the last s) and, where the
+backbone has one, LN(s of the class token), side by side; there are no U_K and U_V.
+
 The first s is 0: a trained start would be the bias of the first norm. U_K = U_V = 0 at first, so that a new adapter
 changes nothing. The trunk stays as it is, and its values are all that is read of it: masked mode alone.
 
@@ -41,6 +44,8 @@ from .registry import register_method
 
 MIXINGS = ("conv", "none")
 
+READOUTS = ("token", "pool")
+
 EPS = 1e-5
 """What layer norms add to the variance."""
 
@@ -53,6 +58,8 @@ class SideNetworkConfig(AdapterConfig):
         width: Width of the state, r.
         mixing: "conv" for a convolution over the grid of patches in each block; "none" to leave each token to itself,
             for fewer multiply-adds.
+        readout: "token" for a task token that reads the states in each block; "pool" for no token at all: the head
+            reads the mean of the patches' last states, and the class token's. No other method goes with the latter.
         blocks: Indices of the blocks in which the state goes on and is read; None for all.
     """
 
@@ -60,6 +67,7 @@ class SideNetworkConfig(AdapterConfig):
 
     width: int = 32
     mixing: str = "conv"
+    readout: str = "token"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +75,14 @@ class SideNetworkConfig(AdapterConfig):
             raise ConfigError(f"width: got {self.width!r}, expected a whole number from 1 on")
         if self.mixing not in MIXINGS:
             raise ConfigError(f"mixing: got {self.mixing!r}, expected one of {MIXINGS}")
+        if self.readout not in READOUTS:
+            raise ConfigError(f"readout: got {self.readout!r}, expected one of {READOUTS}")
+
+    def feature_width(self, backbone: Backbone) -> int | None:
+        """With `readout="pool"` that of one state, or of two where the backbone has a class token."""
+        if self.readout == "token":
+            return None
+        return self.width if _patches_alone(backbone) else 2 * self.width
 
     def for_mode(self, masked: bool) -> SideNetworkConfig:
         """The settings as they are.
@@ -106,8 +122,24 @@ class BlockSide(nn.Module):
         self.own_bias = nn.Parameter(torch.zeros(narrow))
         self.out = nn.Parameter(torch.empty(narrow, narrow).normal_(std=0.5 * narrow**-0.5))
         self.out_bias = nn.Parameter(torch.zeros(narrow))
-        self.up_key = nn.Parameter(torch.zeros(narrow, wide))
-        self.up_value = nn.Parameter(torch.zeros(narrow, wide))
+        if config.readout == "token":
+            self.up_key = nn.Parameter(torch.zeros(narrow, wide))
+            self.up_value = nn.Parameter(torch.zeros(narrow, wide))
+
+
+class Pool(nn.Module):
+    """The norms of what a head reads that no token goes to.
+
+    Args:
+        config: The method's settings.
+        patches_alone: Whether all of the backbone's tokens are those of patches.
+    """
+
+    def __init__(self, config: SideNetworkConfig, *, patches_alone: bool) -> None:
+        super().__init__()
+        for name in ("mean",) if patches_alone else ("mean", "first"):
+            self.register_parameter(name, nn.Parameter(torch.ones(config.width)))
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(config.width)))
 
 
 class _Norm:
@@ -156,7 +188,8 @@ class _SideBlock:
         self._down, self._out = stack.tensor("down"), stack.tensor("out")
         self._own = stack.tensor("own") if hasattr(stack.parts[0], "own") else None
         self._own_bias, self._out_bias = stack.tensor("own_bias"), stack.tensor("out_bias")
-        self._up_key, self._up_value = stack.tensor("up_key"), stack.tensor("up_value")
+        if hasattr(stack.parts[0], "up_key"):
+            self._up_key, self._up_value = stack.tensor("up_key"), stack.tensor("up_value")
         self._conv = stack.tensor("conv") if hasattr(stack.parts[0], "conv") else None
         self._down_norm, self._norm = _Norm(stack, "down_norm"), _Norm(stack, "norm")
 
@@ -197,6 +230,36 @@ class _SideBlock:
         up = in_front(self._up_value(), 4).unflatten(-1, (weights.shape[1], -1)).to(weights.dtype)
         weights = weights[..., : states.shape[1]].transpose(1, 2)
         return torch.einsum("nkhr,nkrhd->nhkd", weights @ states.transpose(1, 2).to(weights.dtype), up)
+
+
+class _Pooled:
+    """What heads read that no token goes to.
+
+    Args:
+        stack: The tasks' `Pool`, all of the same width.
+        key: Where a pass has the states that leave the last block.
+    """
+
+    def __init__(self, stack: Stack, key: tuple[int, int]) -> None:
+        self._key = key
+        self._mean = _Norm(stack, "mean")
+        self._first = _Norm(stack, "first") if hasattr(stack.parts[0], "first") else None
+
+    def __call__(self, current: Pass) -> Tensor:
+        """The features (rows, tasks, r or 2 r)."""
+        states = current.side[self._key]
+        grid = (current.present or current.trunk[0]).grid
+        assert grid is not None
+        parts = [self._mean(states[:, grid.prefix :].mean(dim=1, keepdim=True))]
+        if self._first is not None:
+            parts.append(self._first(states[:, :1]))
+        return torch.cat(parts, dim=-1).squeeze(1)
+
+
+def _patches_alone(backbone: Backbone) -> bool:
+    """Whether all tokens of a backbone are those of patches: no class token, no registers."""
+    # timm's towers say how many tokens stand before the patches; transformers' without a class token have none.
+    return not getattr(backbone.tower, "num_prefix_tokens", backbone.class_token is not None)
 
 
 def _all_tasks(values: Tensor, down: Tensor) -> Tensor:
@@ -255,14 +318,14 @@ class SideNetworkAdapter(Adapter[SideNetworkConfig]):
 
     def __init__(self, config: SideNetworkConfig, backbone: Backbone) -> None:
         super().__init__(config.for_mode(masked=True), backbone)
-        # timm's towers say how many tokens stand before the patches; transformers' without a class token have none.
-        before = getattr(backbone.tower, "num_prefix_tokens", backbone.class_token is not None)
+        alone = _patches_alone(backbone)
         self.blocks = nn.ModuleDict(
-            {
-                str(block.index): BlockSide(block.width, config, patches_alone=not before)
-                for block in config.select(backbone)
-            }
+            {str(block.index): BlockSide(block.width, config, patches_alone=alone) for block in config.select(backbone)}
         )
+        if config.readout == "pool":
+            if not self.blocks:
+                raise ConfigError("blocks: got none, and with readout='pool' the head reads the last block's states")
+            self.pool = Pool(config, patches_alone=alone)
 
     @classmethod
     def attach(cls, stream: Stream, adapters: Sequence[Any]) -> None:
@@ -275,3 +338,6 @@ class SideNetworkAdapter(Adapter[SideNetworkConfig]):
                 key = (number, block.index)
                 stream.sites[block.index].sides.append(_SideBlock(stack, key, before))
                 before = key
+            pools = [each.pool for each in same if each and each.config.readout == "pool"]
+            if pools and before is not None:  # then all of the stream are alike
+                stream.readout = _Pooled(stream.stack(pools), before)

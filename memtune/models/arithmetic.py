@@ -185,7 +185,7 @@ def _check_same(tasks: Sequence[Task], backbone: Backbone, how: str) -> LoraConf
 
 def _merge_heads(tasks: Sequence[Task], weights: Sequence[float], head: Any) -> tuple[list[str], Tensor, Tensor]:
     """The labels, and weight and bias of their head."""
-    parts = [(task.labels, task.require_head("head")) for task in tasks]
+    parts = [(task.labels, task.require_head("head", linear=True)) for task in tasks]
     heads = [(labels, part.weight.detach().cpu(), part.bias.detach().cpu()) for labels, part in parts]
     if type(head) is int and 0 <= head < len(tasks):
         return heads[head]

@@ -29,7 +29,19 @@ from ..storage import (
     write_peft_folder,
 )
 from ..streams import AdaptedStream, Pass, TaskStream, Trunk
-from ..tasks import AdaptedLane, Batch, MaskedLane, Task, check_images, check_labels, lane_of, merge
+from ..tasks import (
+    AdaptedLane,
+    Batch,
+    HeadLane,
+    Lane,
+    MaskedLane,
+    Task,
+    check_images,
+    check_labels,
+    head_lane_of,
+    lane_of,
+    merge,
+)
 from .shared import SharedModel
 
 if TYPE_CHECKING:
@@ -50,12 +62,14 @@ class _Views(NamedTuple):
         described: The backbone in blocks and roles.
         trunk: Its untouched pass, in masked mode.
         lane: The task's own.
+        from_trunk: What answers from a pass of the trunk alone; None for an unmasked task that changes the backbone.
         made_for: What they were made for; where that is something else now, they are made anew.
     """
 
     described: Backbone
     trunk: Trunk | None
     lane: MaskedLane | AdaptedLane
+    from_trunk: MaskedLane | HeadLane | None
     made_for: Hashable
 
 
@@ -111,8 +125,10 @@ class TunedModel(SharedModel):
         if views is None or views.made_for != made_for:
             described = Backbone(self.backbone)
             options = {} if self.task.masked else {"recompute": recompute, "whole_model": self.task.backbone_head}
-            trunk = Trunk(described) if self.task.masked else None
-            views = self._views = _Views(described, trunk, lane_of(described, self.task, **options), made_for)
+            lane = lane_of(described, self.task, **options)
+            from_trunk = lane if isinstance(lane, MaskedLane) else head_lane_of(described, self.task)
+            trunk = None if from_trunk is None else Trunk(described)
+            views = self._views = _Views(described, trunk, lane, from_trunk, made_for)
         return views
 
     @property
@@ -146,7 +162,7 @@ class TunedModel(SharedModel):
                 training with what the methods add to it. Where the head is the backbone's, what that takes as labels.
             interpolate_pos_encoding: Accept images of another size than the backbone's.
             return_dict: False for a plain tuple.
-            trunk: What `trunk_pass` gave for the images, in their place (masked mode only).
+            trunk: What `trunk_pass` gave for the images, in their place (masked mode, or a head alone).
             inputs: What else the backbone's own forward takes, where the head is the backbone's.
 
         Returns:
@@ -157,8 +173,8 @@ class TunedModel(SharedModel):
         Raises:
             InputError: The images or labels have the wrong shape, type, size, or range; or there are inputs that the
                 head does not take.
-            ConfigError: `trunk` was given to an unmasked model, or within `disable_adapter()`; or `labels` without a
-                head.
+            ConfigError: `trunk` was given to an unmasked model that changes the backbone, or within
+                `disable_adapter()`; or `labels` without a head.
         """
         if self.task.backbone_head and trunk is None:
             options = {"labels": labels, "interpolate_pos_encoding": interpolate_pos_encoding or None}
@@ -168,14 +184,15 @@ class TunedModel(SharedModel):
         if trunk is not None:
             if not self._active:
                 raise ConfigError("trunk: without its adapter the model reads images; pass pixel_values")
-            return self._answer(self._batch_of(trunk), labels, return_dict)
-        described = (self._views or self._renew()).described
+            return self._answer(self._from_trunk(), Batch(trunk), labels, return_dict)
+        views = self._views or self._renew()
+        described = views.described
         pixel_values = check_images(pixel_values, described, interpolate=interpolate_pos_encoding)
         if not self._active:
             options = {} if described.family.any_size else {"interpolate_pos_encoding": interpolate_pos_encoding}
             images_alone = self.backbone.main_input_name == "pixel_values"
             return (self.backbone if images_alone else described.tower)(pixel_values=pixel_values, **options)
-        return self._answer(self._batch(pixel_values, interpolate_pos_encoding), labels, return_dict)
+        return self._answer(views.lane, self._batch(pixel_values, interpolate_pos_encoding), labels, return_dict)
 
     def _run_backbone(self, pixel_values: Any, inputs: dict[str, Any], return_dict: bool | None) -> Any:
         """The output of the backbone's own class, its head reading the adapted tower."""
@@ -198,26 +215,34 @@ class TunedModel(SharedModel):
     def _batch(self, pixel_values: Tensor, interpolate: bool) -> Batch:
         """Images (batch, channels, height, width), which have been checked, with the trunk's pass in masked mode."""
         trunk = (self._views or self._renew()).trunk
-        if trunk is None:
+        if trunk is None or not self.task.masked:
             return Batch(Pass(), pixel_values, interpolate)
         current, _ = trunk.run(pixel_values, interpolate_pos_encoding=interpolate)
         return Batch(current, pixel_values, interpolate)
 
-    def _batch_of(self, trunk: Pass) -> Batch:
-        """What a pass of the trunk knows of images.
+    @property
+    def reads_trunk(self) -> bool:
+        """Whether a pass of the trunk is all that it needs of an image: in masked mode, or with a head alone."""
+        return (self._views or self._renew()).from_trunk is not None
+
+    def _from_trunk(self) -> MaskedLane | HeadLane:
+        """The lane that answers from a pass of the trunk.
 
         Raises:
-            ConfigError: The model is unmasked, or extends others.
+            ConfigError: The model is unmasked, and changes the backbone.
         """
-        if not self.task.masked:
-            raise ConfigError("trunk: got an unmasked model, which has none; pass pixel_values")
-        return Batch(trunk)
+        lane = (self._views or self._renew()).from_trunk
+        if lane is None:
+            raise ConfigError(
+                "trunk: got an unmasked model whose adapter changes the backbone, so that the untouched one's pass is "
+                "not its own; pass pixel_values, or wrap with masked=True"
+            )
+        return lane
 
     def _answer(
-        self, batch: Batch, labels: Tensor | None, return_dict: bool | None
+        self, lane: Lane, batch: Batch, labels: Tensor | None, return_dict: bool | None
     ) -> ImageClassifierOutput | BaseModelOutputWithPooling | tuple[Tensor, ...]:
-        """The output for a batch."""
-        lane = (self._views or self._renew()).lane
+        """The output of a lane for a batch."""
         answer = lane.run(batch).squeeze(1)  # logits (batch, classes), or without a head features (batch, width)
         if self.task.head is None and labels is None:
             pooled = BaseModelOutputWithPooling(pooler_output=answer)
@@ -246,12 +271,12 @@ class TunedModel(SharedModel):
         """The trunk's pass over images (batch, channels, height, width): the same whatever is trained.
 
         Raises:
-            ConfigError: The model is unmasked.
+            ConfigError: The model is unmasked, and changes the backbone.
             InputError: The images have the wrong shape, type or size.
         """
+        self._from_trunk()
         views = self._views or self._renew()
-        if views.trunk is None:
-            raise ConfigError("got an unmasked model, which has no trunk; wrap with masked=True")
+        assert views.trunk is not None
         pixel_values = check_images(pixel_values, views.described, interpolate=interpolate_pos_encoding)
         return views.trunk.run(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)[0]
 
@@ -259,9 +284,9 @@ class TunedModel(SharedModel):
         """What the head reads, (batch, width), of images whose `trunk_pass` is there already.
 
         Raises:
-            ConfigError: The model is unmasked.
+            ConfigError: The model is unmasked, and changes the backbone.
         """
-        return (self._views or self._renew()).lane.features(self._batch_of(trunk)).squeeze(1)
+        return self._from_trunk().features(Batch(trunk)).squeeze(1)
 
     def train(self, mode: bool = True) -> TunedModel:
         """Set the adapter's mode. The frozen backbone stays in evaluation mode: no dropout, no stochastic depth."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..backbones import Backbone, as_pretrained
 from ..errors import ConfigError
 from ..methods import AdapterConfig, as_config
-from ..tasks import Task, check_label_names
+from ..tasks import RandomFeatures, Task, check_label_names
 from .tuned import TunedModel
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def wrap(
     *,
     labels: Sequence[str] | None = None,
     num_labels: int | None = None,
-    head: Literal["linear", "backbone"] | None = "linear",
+    head: Literal["linear", "backbone"] | RandomFeatures | None = "linear",
     masked: bool = False,
     extends: MultiTaskModel | None = None,
     processor: Any = None,
@@ -39,9 +39,10 @@ def wrap(
         config: The method's settings, or one for each of several methods; a `peft.LoraConfig` is taken as well.
         labels: Names of the task's classes, in the order of the logits.
         num_labels: Their number, where they have no names (they are then called LABEL_0 ...).
-        head: "linear" for a new one that answers with the task's labels; "backbone" for the backbone's own, frozen as
-            it is (its decoder of segmentation maps, say), which then reads the adapted tower; None for no head: the
-            model then gives features, for a head of your own. The latter two have no labels.
+        head: "linear" for a new one that answers with the task's labels; `memtune.RandomFeatures(width)` for one that
+            reads many random features made of the feature, best by `fit_closed_form`; "backbone" for the backbone's
+            own, frozen as it is (its decoder of segmentation maps, say), which then reads the adapted tower; None for
+            no head: the model then gives features, for a head of your own. The latter two have no labels.
         masked: Train in the task stream: the backbone's own answer stays as it is, and tasks can share its pass.
         extends: A model whose masked tasks the new one reads (masked mode only); they do not know of it, and stay as
             they are. To answer, the new task needs them.
@@ -57,17 +58,27 @@ def wrap(
     earlier = {} if extends is None else _earlier_tasks(extends, backbone, masked)
     names = _check_names(labels, num_labels, head, extends)
     configs = [as_config(each) for each in several]
-    task = Task(configs, names, Backbone(backbone), masked, earlier, backbone_head=head == "backbone")
+    task = Task(
+        configs,
+        names,
+        Backbone(backbone),
+        masked,
+        earlier,
+        backbone_head=head == "backbone",
+        random_features=head if isinstance(head, RandomFeatures) else None,
+    )
     return TunedModel(backbone, task, processor=processor)
 
 
 def _check_names(
-    labels: Sequence[str] | None, num_labels: int | None, head: str | None, extends: MultiTaskModel | None
+    labels: Sequence[str] | None, num_labels: int | None, head: Any, extends: MultiTaskModel | None
 ) -> list[str]:
     """The names of the task's classes, none without a head."""
-    if head not in ("linear", "backbone", None):
-        raise ConfigError(f"head: got {head!r}, expected 'linear', 'backbone' for its own, or None for features")
-    if head == "linear":
+    if not isinstance(head, RandomFeatures) and head not in ("linear", "backbone", None):
+        raise ConfigError(
+            f"head: got {head!r}, expected 'linear', RandomFeatures(...), 'backbone' for its own, or None for features"
+        )
+    if head == "linear" or isinstance(head, RandomFeatures):
         return check_label_names(labels, num_labels)
     if (labels, num_labels, extends) != (None, None, None):
         given = "'backbone': the model gives the backbone's output" if head else "None: the model gives features"
@@ -80,7 +91,9 @@ def _earlier_tasks(model: MultiTaskModel, backbone: PreTrainedModel, masked: boo
         raise ConfigError("extends: only a task of masked mode can read others; pass masked=True")
     if model.backbone is not backbone:
         raise ConfigError("extends: got a model around another backbone object; wrap its own, `extends.backbone`")
-    tasks = model.masked_tasks()
+    tasks = {name: task for name, task in model.masked_tasks().items() if task.has_token}
     if not tasks:
-        raise ConfigError(f"extends: got a model whose tasks {list(model.tasks)} are all unmasked: they have no tokens")
+        raise ConfigError(
+            f"extends: got a model whose tasks {list(model.tasks)} have no task tokens, which masked ones do"
+        )
     return tasks

@@ -2,7 +2,7 @@
 
     adapter_config.json         format version, methods and settings, mode, labels (an adapter without a head has none),
                                 the backbone and its fingerprint; where the head is the backbone's, "head": "backbone"
-                                and a fingerprint of it
+                                and a fingerprint of it; where it reads random features, how they are made
     adapter_model.safetensors   the tensors, under role keys such as `blocks.3.memory`
     preprocessor_config.json    the image processor, if there is one
     README.md                   the card
@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from ..backbones import Backbone, fingerprint, head_fingerprint, same_weights
 from ..errors import BackboneMismatchError, CheckpointError, ConfigError
 from ..methods import AdapterConfig, read_config
-from ..tasks import Task
+from ..tasks import RandomFeatures, Task
 from .atomic import current, replace_files
 from .card import CardDetails, write_card
 from .processors import PROCESSOR_NAME, read_processor, save_processor
@@ -61,6 +61,7 @@ class AdapterFolder:
         tensors: The trained tensors under their role keys.
         processor: The image processor, or None.
         backbone_head: Whether the backbone's own head reads the adapted tower.
+        random_features: What the task's head reads, made of the feature; None for the feature itself.
     """
 
     path: Path
@@ -72,6 +73,7 @@ class AdapterFolder:
     tensors: dict[str, Tensor]
     processor: Any
     backbone_head: bool
+    random_features: RandomFeatures | None
 
 
 def write_folder(
@@ -113,6 +115,8 @@ def write_folder(
             "fingerprint": fingerprint(backbone),
         },
     }
+    if task.random_features is not None:
+        config["random_features"] = task.random_features.to_dict()
     if task.backbone_head:
         config["head"] = BACKBONE_HEAD
         config["backbone"]["head_fingerprint"] = head_fingerprint(backbone)
@@ -161,6 +165,7 @@ def read_folder(folder: str | Path) -> AdapterFolder:
         tensors,
         processor,
         config.get("head") == BACKBONE_HEAD,
+        _read_random_features(config, folder),
     )
 
 
@@ -202,6 +207,14 @@ def _read_methods(config: Mapping[str, Any], folder: Path) -> list[AdapterConfig
         raise CheckpointError(f"{folder / CONFIG_NAME}: {error}") from error
 
 
+def _read_random_features(config: Mapping[str, Any], folder: Path) -> RandomFeatures | None:
+    values = config.get("random_features")
+    try:
+        return None if values is None else RandomFeatures(**values)
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{folder / CONFIG_NAME}: random_features is {values!r}: {error}") from error
+
+
 def _read_processor(folder: Path) -> Any:
     path = current(folder, PROCESSOR_NAME)
     try:
@@ -228,7 +241,15 @@ def make_task(folder: AdapterFolder, backbone: Backbone, known: Mapping[str, Tas
             "them, in one model"
         )
     earlier = {name: copy.deepcopy(by_digest[digest]) for name, digest in folder.extends.items()}
-    task = Task(folder.configs, folder.labels, backbone, folder.masked, earlier, backbone_head=folder.backbone_head)
+    task = Task(
+        folder.configs,
+        folder.labels,
+        backbone,
+        folder.masked,
+        earlier,
+        backbone_head=folder.backbone_head,
+        random_features=folder.random_features,
+    )
     task.load_tensors(folder.tensors)
     return task
 

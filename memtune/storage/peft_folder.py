@@ -48,6 +48,8 @@ def write_peft_folder(folder: str | Path, task: Task, model: PreTrainedModel, pr
         CheckpointError: The path is a file.
     """
     config, tensors = _only_lora(task)
+    if task.head is not None:
+        task.require_head("export_peft", linear=True)
     if isinstance(Backbone(model).blocks[0]["query"], LinearPart):
         raise ConfigError(
             f"got a {type(model).__name__} with query, key and value in one linear layer, a part of which "

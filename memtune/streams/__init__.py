@@ -15,6 +15,7 @@ from .stacking import fit_rows as fit_rows
 from .stacking import in_front as in_front
 from .stacking import linear_per_task as linear_per_task
 from .stacking import per_task as per_task
+from .state_stream import StateStream as StateStream
 from .stream import Stream as Stream
 from .task_stream import TaskStream as TaskStream
 from .trunk import Trunk as Trunk

@@ -165,7 +165,7 @@ def stream_attention(
     gradient. Any kernel that a backbone can be set to computes the same sums.
     """
     site: Site = module.memtune_site
-    trunk = memtune_pass.trunk[site.block.index] if memtune_pass.present is None else memtune_pass.present
+    trunk = memtune_pass.block(site.block.index)
     further = site.further(memtune_pass)
     if memtune_pass.record is not None:
         own_token = KeysValues(key.transpose(1, 2).unsqueeze(3), value.transpose(1, 2).unsqueeze(3))

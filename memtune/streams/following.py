@@ -22,11 +22,11 @@ class Follower:
 
     Args:
         stream: The stream, the tasks chosen that the pass is for.
-        class_tokens: The class tokens of the tasks, (1 or batch, tasks, width).
+        class_tokens: The class tokens of the tasks, (1 or batch, tasks, width); None in a stream without tokens.
         images: The images that it is for, (number,); None for all.
     """
 
-    def __init__(self, stream: TaskStream, class_tokens: Tensor, images: Tensor | None) -> None:
+    def __init__(self, stream: TaskStream, class_tokens: Tensor | None, images: Tensor | None) -> None:
         self._stream = stream
         self._class_tokens = class_tokens
         self._images = images
@@ -48,7 +48,7 @@ class Follower:
 
     def features(self) -> Tensor | None:
         """The features (batch, tasks, width) once the trunk has run; None if it gave nothing to read."""
-        return None if self._tokens is None else self._stream.finish(self._tokens)
+        return None if self._tokens is None else self._stream.finish(self._tokens, self._pass)
 
 
 class Followers:

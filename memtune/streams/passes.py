@@ -139,6 +139,10 @@ class Pass:
     selected: Tensor | None = None
     substitute: Substitute | None = None
 
+    def block(self, index: int) -> TrunkBlock:
+        """What the trunk left in a block."""
+        return self.trunk[index] if self.present is None else self.present
+
     def with_keys_values(self, substitute: Substitute) -> Pass:
         """The same pass with other keys and values for the queries of one block."""
         return replace(self, substitute=substitute)

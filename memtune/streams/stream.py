@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from ..backbones import Backbone, Block
 from .attention import Site
+from .passes import Pass
 from .stacking import Selection, Stack
 
 
@@ -21,6 +24,7 @@ class Stream(ABC):
             function by transformers' AttentionInterface.
         selection: Which of its tasks a pass is for, where there are several.
         needs_query: Whether a source asks for the feature of the untouched backbone.
+        readout: Makes the features (rows, tasks, width) of a pass that has ended, where no token's are read.
     """
 
     masked: ClassVar[bool]
@@ -30,6 +34,7 @@ class Stream(ABC):
         self.sites = sites
         self.selection = Selection()
         self.needs_query = False
+        self.readout: Callable[[Pass], Tensor] | None = None
         self._stacks: list[Stack] = []
 
     def require_query(self) -> None:

@@ -28,21 +28,22 @@ class TaskStream(Stream):
             self.view.family.prepare_stream(block.module)
             keep_casts(block.module)
 
-    def features(self, current: Pass, class_tokens: Tensor) -> Tensor:
+    def features(self, current: Pass, class_tokens: Tensor | None) -> Tensor:
         """Features (batch, tasks, width) of tasks.
 
         Args:
             current: A pass that the trunk has filled.
-            class_tokens: The class tokens of the tasks, (1 or batch, tasks, width).
+            class_tokens: The class tokens of the tasks, (1 or batch, tasks, width); None in a stream without tokens.
         """
         current = replace(current, side={})
         tokens = self.start(class_tokens, batch=current.trunk[0].key.shape[0])
         for block in self.view.blocks:
             tokens = self.step(block.index, tokens, current)
-        return self.finish(tokens)
+        return self.finish(tokens, current)
 
-    def start(self, class_tokens: Tensor, *, batch: int) -> Tensor:
+    def start(self, class_tokens: Tensor | None, *, batch: int) -> Tensor:
         """The tokens (batch, tasks, width) that enter the first block."""
+        assert class_tokens is not None
         return self.view.start(class_tokens).expand(batch, -1, -1)
 
     def step(self, index: int, tokens: Tensor, current: Pass) -> Tensor:
@@ -52,6 +53,6 @@ class TaskStream(Stream):
         output = module(tokens, **arguments, memtune_pass=current)
         return output[0] if isinstance(output, tuple) else output
 
-    def finish(self, tokens: Tensor) -> Tensor:
+    def finish(self, tokens: Tensor, current: Pass) -> Tensor:
         """The features of the tokens that leave the last block."""
         return self.view.finish(tokens)

@@ -5,7 +5,8 @@
   after the other;
 - a task that only has a head reads the trunk's own feature;
 - a task that extends others has a lane of its own;
-- tasks without a head, which give features, have lanes of their own.
+- tasks without a head, which give features, have lanes of their own, as have those whose heads read the same random
+  features; and tasks whose features a method makes without a token share one where they make them alike.
 """
 
 from __future__ import annotations
@@ -58,8 +59,13 @@ def make_lanes(backbone: Backbone, tasks: Mapping[str, Task]) -> list[Lane]:
     for name, task in tasks.items():
         first = None if task.masked else first_changed_block(task, backbone)
         own = name if task.extends else None
-        groups.setdefault((first, own, task.head is None), {})[name] = task
+        groups.setdefault((first, own, task.head is None, task.random_features, _feature(task)), {})[name] = task
     return [_make_lane(backbone, group, first) for (first, *_), group in groups.items()]
+
+
+def _feature(task: Task) -> tuple[Any, ...]:
+    """How a method makes the feature that is the head's; nothing where it is that of a token."""
+    return () if task.has_token else tuple(task.configs)
 
 
 @dataclass(frozen=True)
@@ -113,3 +119,9 @@ def lane_of(backbone: Backbone, task: Task, **options: Any) -> MaskedLane | Adap
         options: Of an adapted stream.
     """
     return _masked_lane(backbone, {"": task}) if task.masked else AdaptedLane(backbone, {"": task}, **options)
+
+
+def head_lane_of(backbone: Backbone, task: Task) -> HeadLane | None:
+    """The lane of one task that only has a head, for passes of the trunk; None for a task that changes something."""
+    alone = not task.masked and not task.backbone_head and first_changed_block(task, backbone) == backbone.depth
+    return HeadLane(backbone, {"": task}) if alone and backbone.family.attention_function else None

@@ -11,7 +11,19 @@ import torch
 from torch import Tensor
 
 from ..backbones import Backbone
-from ..streams import AdaptedStream, Follower, KeysValues, Pass, Selection, Stack, Stream, TaskStream, linear_per_task
+from ..streams import (
+    AdaptedStream,
+    Follower,
+    KeysValues,
+    Pass,
+    Selection,
+    Stack,
+    StateStream,
+    Stream,
+    TaskStream,
+    linear_per_task,
+)
+from .heads import RandomFeatureHead
 from .task import Task
 
 outside_graphs = torch.compiler.disable(recursive=False)
@@ -86,6 +98,8 @@ class Lane(ABC):
         if all(task.head is not None for task in parts):
             heads = self._stack([task.head for task in parts])
             self._weight, self._bias = heads.tensor("weight"), heads.tensor("bias")
+        first = parts[0].head  # all read the same random features, or none do
+        self._expansion = first if isinstance(first, RandomFeatureHead) else None
 
     def _stack(self, parts: Sequence[Any]) -> Stack:
         stack = Stack(parts, self.selection)
@@ -131,6 +145,8 @@ class Lane(ABC):
         features = self.features(batch)
         if self._weight is None or self._bias is None:
             return features
+        if self._expansion is not None:
+            features = self._expansion.expand(features)
         return linear_per_task(features, self._weight(), self._bias())
 
     @outside_graphs
@@ -189,10 +205,11 @@ class MaskedLane(Lane):
     def __init__(
         self, backbone: Backbone, tasks: Mapping[str, Task], extend: Callable[[Batch], Pass] | None = None
     ) -> None:
-        self.stream = TaskStream(backbone)
+        parts = list(tasks.values())
+        self.stream = TaskStream(backbone) if parts[0].has_token else StateStream(backbone)
         super().__init__(tasks, self.stream.selection, self.stream)
         self.shared_blocks = backbone.depth
-        self._tokens = self._stack(list(tasks.values())).tensor("class_token")
+        self._tokens = self._stack(parts).tensor("class_token") if parts[0].has_token else None
         self._extend = extend
 
     @outside_graphs
@@ -211,9 +228,9 @@ class MaskedLane(Lane):
             return batch.followed[self]
         return self.stream.features(self.extended(batch), self._class_tokens())
 
-    def _class_tokens(self) -> Tensor:
-        """The class tokens, (1 or images, 1 or tasks, width)."""
-        return _in_tokens(self._tokens(), alone=len(self.names) == 1)
+    def _class_tokens(self) -> Tensor | None:
+        """The class tokens, (1 or images, 1 or tasks, width); None if the tasks have none."""
+        return None if self._tokens is None else _in_tokens(self._tokens(), alone=len(self.names) == 1)
 
     def record(self, batch: Batch) -> list[list[KeysValues]]:
         """For each block the keys and values of all tasks' tokens, and of what is theirs."""

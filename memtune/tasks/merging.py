@@ -34,6 +34,8 @@ def merge(backbone: PreTrainedModel, task: Task) -> PreTrainedModel:
         raise ConfigError(
             "a masked adapter cannot be merged: the backbone's own tokens must not see it. Wrap with masked=False"
         )
+    if task.head is not None:
+        task.require_head("merge", linear=True)
     classifier = None if task.head is None else as_classifier(backbone)
     merged = copy.deepcopy(backbone if classifier is None else classifier).eval()
     described = Backbone(merged)
@@ -70,7 +72,7 @@ def _set_labels(model: Any, labels: list[str]) -> None:
 
 def pad_head(task: Task, width: int) -> tuple[Tensor, Tensor]:
     """Weight and bias of a task's head for features (batch, width) of which the task reads the first ones."""
-    head = task.require_head("merge")
+    head = task.require_head("merge", linear=True)
     weight = head.weight.detach()
     return nn.functional.pad(weight, (0, width - weight.shape[1])), head.bias.detach()
 

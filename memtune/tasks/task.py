@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from ..backbones import TOWERS, Backbone
 from ..errors import CheckpointError, ConfigError, UnsupportedBackboneError
 from ..methods import Adapter, AdapterConfig, create_adapter, find_method
-
-HEAD_STD = 0.02
-"""Standard deviation of a new head's weights, as in transformers' vision models."""
+from .heads import HEAD_STD, RandomFeatureHead, RandomFeatures, create_head
 
 
 class Task(nn.Module):
@@ -24,6 +22,8 @@ class Task(nn.Module):
     Attributes:
         adapters: One adapter for each method.
         labels: Names of the classes; none if the task has no head.
+        has_token: Whether a token of the task's own, or the backbone's, reads the images for the head; if not, a method
+            makes the feature.
         head: What makes logits of features, or None.
         masked: Whether the task runs in a task stream.
         extends: Earlier tasks, by name, that the task reads.
@@ -36,6 +36,7 @@ class Task(nn.Module):
         masked: Whether the task runs in a task stream.
         extends: Earlier tasks, by name, whose tokens and memory the task reads in its stream.
         backbone_head: Whether the backbone's own head reads the adapted tower (unmasked; the task has no labels).
+        random_features: What the head reads, made of the feature; None for the feature itself.
 
     Raises:
         ConfigError: The methods do not go together, or a setting does not fit the backbone.
@@ -51,6 +52,7 @@ class Task(nn.Module):
         extends: Mapping[str, Task] | None = None,
         *,
         backbone_head: bool = False,
+        random_features: RandomFeatures | None = None,
     ) -> None:
         super().__init__()
         if backbone_head:
@@ -62,8 +64,10 @@ class Task(nn.Module):
         self.masked = masked
         adapters = nn.ModuleList(create_adapter(config.for_mode(masked), backbone) for config in configs)
         self.adapters = cast("Sequence[Adapter]", adapters)
+        width = _own_feature(configs, backbone, self.extends)
+        self.has_token = width is None
         self.class_token = self._create_class_token(configs, backbone)
-        self.head = _create_head(backbone.width, len(self.labels)) if self.labels else None
+        self.head = create_head(width or backbone.width, len(self.labels), random_features) if self.labels else None
         twice = [key for key, count in Counter(self._keys()).items() if count > 1]
         if twice:
             raise ConfigError(
@@ -71,6 +75,8 @@ class Task(nn.Module):
             )
 
     def _create_class_token(self, configs: Sequence[AdapterConfig], backbone: Backbone) -> nn.Parameter | None:
+        if not self.has_token:
+            return None
         own = backbone.class_token
         if own is not None and (self.masked or any(config.trains_class_token() for config in configs)):
             return nn.Parameter(own.detach().clone().float())
@@ -118,18 +124,29 @@ class Task(nn.Module):
         head = self.require_head("logits")
         return head(features.to(head.weight.dtype))
 
-    def require_head(self, what: str) -> nn.Linear:
+    @property
+    def random_features(self) -> RandomFeatures | None:
+        """What the head reads, made of the feature; None if it reads the feature itself."""
+        return self.head.settings if isinstance(self.head, RandomFeatureHead) else None
+
+    def require_head(self, what: str, *, linear: bool = False) -> nn.Linear:
         """The head.
 
         Args:
             what: What needs it, for the error.
+            linear: Whether it must read the feature itself.
 
         Raises:
-            ConfigError: The task has none.
+            ConfigError: The task has none, or one that reads something else.
         """
         if self.head is None:
             given = "'backbone': it gives the backbone's output" if self.backbone_head else "None: it gives features"
             raise ConfigError(f"{what}: this adapter was wrapped with head={given}, and has no head and no labels")
+        if linear and self.random_features is not None:
+            raise ConfigError(
+                f"{what}: the head reads random features, for which there is no place outside memtune, nor a mean; "
+                "wrap with head='linear'"
+            )
         return self.head
 
     def penalty(self) -> Tensor | None:
@@ -167,11 +184,19 @@ class Task(nn.Module):
                 tensor.copy_(tensors[key])
 
 
-def _create_head(width: int, classes: int) -> nn.Linear:
-    head = nn.Linear(width, classes)
-    nn.init.normal_(head.weight, std=HEAD_STD)
-    nn.init.zeros_(head.bias)
-    return head
+def _own_feature(configs: Sequence[AdapterConfig], backbone: Backbone, extends: Mapping[str, Task]) -> int | None:
+    """The width of the feature that a method makes for the head; None if that of a token is read."""
+    making = {each.method: width for each in configs if (width := each.feature_width(backbone)) is not None}
+    if not making:
+        return None
+    name = next(iter(making))
+    if len(configs) > 1 or extends:
+        others = [each.method for each in configs if each.method not in making] or "tasks to extend" * bool(extends)
+        raise ConfigError(
+            f"{name}: got {others or 'it twice'} beside it, but it makes the feature itself, so that there is no task "
+            'token to read anything else; leave it out, or set readout="token"'
+        )
+    return making[name]
 
 
 def _check_backbone_head(backbone: Backbone, masked: bool) -> None:

@@ -1,6 +1,11 @@
 """Training on Accelerate: the loop, its checkpoints, and what others do at each step."""
 
 from .callbacks import TrainingCallback as TrainingCallback
+from .closed_form import ClosedFormResult as ClosedFormResult
+from .closed_form import FeatureSums as FeatureSums
+from .closed_form import fit_closed_form as fit_closed_form
+from .closed_form import read_features as read_features
+from .closed_form import solve_head as solve_head
 from .dynamic_freezing import SlimFit as SlimFit
 from .fitting import fit as fit
 from .result import TrainingResult as TrainingResult

@@ -39,6 +39,8 @@ def describe_run(model: TunedModel, config: TrainingConfig, **more: Any) -> dict
         "labels": task.labels,
         **more,
     }
+    if task.random_features is not None:
+        values["random_features"] = task.random_features.to_dict()
     return json.loads(json.dumps(values))
 
 

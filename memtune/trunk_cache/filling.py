@@ -101,10 +101,10 @@ class CachedCollator:
 
 def check_cacheable(model: TunedModel) -> None:
     """Raise `ConfigError` if a model's trunk is not the same at every step, or not all that its stream reads."""
-    if not model.task.masked:
+    if not model.reads_trunk or any(parameter.requires_grad for parameter in model.backbone.parameters()):
         raise ConfigError(
             "trunk_cache: got an unmasked model, whose backbone computes something else after each step; only a masked "
-            "one (wrap(..., masked=True)) can read its trunk from a cache"
+            "one (wrap(..., masked=True)), or a head alone on a frozen backbone, can read its trunk from a cache"
         )
     if model.task.extends:
         raise ConfigError("trunk_cache: got a model that extends others, which the cache does not hold; leave it out")
@@ -118,7 +118,7 @@ def cached_dataset(
     Several processes compute a share each.
 
     Args:
-        model: A masked model; it is moved to the accelerator's device.
+        model: A masked model, or a head alone; it is moved to the accelerator's device.
         items: What `as_items` gave.
         settings: Those of the cache.
         accelerator: Where to compute, and with how many other processes.

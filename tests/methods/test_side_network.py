@@ -64,23 +64,39 @@ def slow_states(values: Tensor, before: Tensor, part: dict[str, Tensor], grid: G
     return updated + gelu(mixed + part["own_bias"]) @ part["out"] + part["out_bias"]
 
 
-def written_out(current: Pass, adapter: Adapter) -> Pass:
-    """The pass with K' and V' in place of the trunk's keys and values."""
+def parts_of(adapter: Adapter) -> dict[int, dict[str, Tensor]]:
     parts: dict[int, dict[str, Tensor]] = {}
     for name, tensor in adapter.state_dict().items():
-        _, index, key = name.split(".")
-        parts.setdefault(int(index), {})[key] = tensor
-    states: list[Tensor] | None = None
+        if name.startswith("blocks."):
+            _, index, key = name.split(".")
+            parts.setdefault(int(index), {})[key] = tensor
+    return parts
+
+
+def all_states(current: Pass, adapter: Adapter) -> list[list[Tensor]]:
+    """For each image the states (T, r) after each block that has some."""
+    images: list[list[Tensor]] = []
+    for image in range(len(current.trunk[0].value)):
+        states: list[Tensor] = []
+        for index, part in sorted(parts_of(adapter).items()):
+            block = current.trunk[index]
+            assert block.grid is not None
+            values = block.value[image].transpose(0, 1).flatten(1)
+            before = states[-1] if states else torch.zeros(len(values), len(part["norm"]))
+            states.append(slow_states(values, before, part, block.grid))
+        images.append(states)
+    return images
+
+
+def written_out(current: Pass, adapter: Adapter) -> Pass:
+    """The pass with K' and V' in place of the trunk's keys and values."""
+    parts, states = parts_of(adapter), all_states(current, adapter)
     blocks = []
     for index, block in enumerate(current.trunk):
         if index in parts:
-            part, (images, heads, tokens, _) = parts[index], block.value.shape
-            assert block.grid is not None
-            values = block.value.transpose(1, 2).flatten(2)
-            states = states or [torch.zeros(tokens, len(part["norm"]))] * images
-            states = [slow_states(values[image], states[image], part, block.grid) for image in range(images)]
+            part, heads, place = parts[index], block.value.shape[1], sorted(parts).index(index)
             key, value = (
-                (torch.stack(states) @ part[name]).unflatten(2, (heads, -1)).transpose(1, 2)
+                (torch.stack([each[place] for each in states]) @ part[name]).unflatten(2, (heads, -1)).transpose(1, 2)
                 for name in ("up_key", "up_value")
             )
             block = block._replace(key=block.key + key, value=block.value + value)
@@ -110,6 +126,75 @@ def test_it_is_the_formula_written_out(case: Case) -> None:
         own = model.task.tensors()
         without.task.load_tensors({key: own[key] for key in without.task.tensors()})
         assert (without(images).logits - expected).abs().max() > 1e-3
+
+
+def slow_features(model: memtune.TunedModel, images: Tensor, **options: Any) -> Tensor:
+    """What the head reads of the states after the last block, where no token reads them."""
+    adapter = model.task.adapters[0]
+    current = model.trunk_pass(images, **options)
+    states = torch.stack([each[-1] for each in all_states(current, adapter)])
+    grid, width, pool = current.trunk[0].grid, states.shape[-1], dict(adapter.state_dict())
+    assert grid is not None
+    parts = [("mean", states[:, grid.prefix :].mean(dim=1))] + [("first", states[:, 0])] * bool(grid.prefix)
+    normed = [layer_norm(part, (width,), pool[f"pool.{name}"], pool[f"pool.{name}_bias"]) for name, part in parts]
+    return torch.cat(normed, dim=1)
+
+
+@each(GLOBAL)
+@torch.no_grad()
+def test_without_a_token_the_head_reads_the_mean_of_the_states(case: Case) -> None:
+    images = case.images()
+    model = tuned(case.build(), SideNetworkConfig(width=4, readout="pool"))
+    assert model.task.class_token is None
+    expected = slow_features(model, images)
+    torch.testing.assert_close(model.features(images), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(images).logits, model.task.head(expected), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_tasks_without_a_token_share_a_pass(tmp_path: Path) -> None:
+    backbone, images = VIT.build(), VIT.images(7)
+    pooled = SideNetworkConfig(width=4, readout="pool")
+    kinds = [pooled, pooled, replace(pooled, mixing="none"), replace(pooled, width=6), CONFIGS[0], MemoryConfig(2)]
+    models = {str(number): tuned(backbone, config, seed=number) for number, config in enumerate(kinds)}
+    alone = {name: model(images).logits for name, model in models.items()}
+    together = memtune.combine(backbone, models)
+    assert [lane.tasks for lane in together.plan().lanes] == [("0", "1"), ("2",), ("3",), ("4", "5")]
+    for names in ([*models], ["1"], ["3", "0"]):
+        answers = together(images, tasks=names)
+        for name in names:
+            torch.testing.assert_close(answers[name].logits, alone[name], atol=1e-5, rtol=1e-5)
+    rows = ["1", "0", "5", "2", "0", "3", "4"]
+    for row, (name, answer) in enumerate(zip(rows, together(images, rows=rows), strict=True)):
+        torch.testing.assert_close(answer.logits[0], alone[name][row], atol=1e-5, rtol=1e-5)
+    together.save_pretrained(tmp_path)
+    loaded = memtune.MultiTaskModel.from_pretrained(tmp_path, backbone=backbone)(images)
+    assert all(torch.equal(loaded[name].logits, answers.logits) for name, answers in together(images).items())
+    program = memtune.export.export_program(together, tasks=["0", "2"])
+    torch.testing.assert_close(program.module()(images)["0"], alone["0"], atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_token_nothing_else_is_to_be_read() -> None:
+    backbone, pooled = VIT.build(), SideNetworkConfig(width=4, readout="pool")
+    for others in ([MemoryConfig(2)], [LoraConfig(r=2)]):
+        with pytest.raises(ConfigError, match="no task token"):
+            memtune.wrap(backbone, [pooled, *others], num_labels=2, masked=True)
+    with pytest.raises(ConfigError, match="readout: got 'mean'"):
+        SideNetworkConfig(readout="mean")
+    with pytest.raises(ConfigError, match="blocks: got none"):
+        memtune.wrap(backbone, SideNetworkConfig(readout="pool", blocks=[]), num_labels=2, masked=True)
+    task = memtune.wrap(backbone, pooled, num_labels=2, masked=True)
+    with pytest.raises(ConfigError, match="no token"):
+        memtune.explain(task, VIT.images(1))
+    earlier = memtune.combine(backbone, {"a": task})
+    with pytest.raises(ConfigError, match="no task tokens"):
+        memtune.wrap(backbone, MemoryConfig(2), num_labels=2, masked=True, extends=earlier)
+    both = memtune.combine(
+        backbone, {"a": task, "b": memtune.wrap(backbone, MemoryConfig(1), num_labels=2, masked=True)}
+    )
+    assert [*memtune.wrap(backbone, MemoryConfig(2), num_labels=2, masked=True, extends=both).task.extends] == ["b"]
+    with pytest.raises(ConfigError, match="tasks to extend"):
+        memtune.wrap(backbone, pooled, num_labels=2, masked=True, extends=both)
 
 
 @each([BY_NAME["vit"], BY_NAME["dinov2_with_registers"], BY_NAME["beit"]])
