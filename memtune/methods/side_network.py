@@ -34,7 +34,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, gelu, layer_norm, pad
+from torch.nn.functional import conv2d, gelu, layer_norm, linear, pad
 
 from ..backbones import Backbone
 from ..errors import ConfigError, InputError
@@ -209,12 +209,13 @@ class _SideBlock:
             if not torch.is_grad_enabled():
                 del current.side[self._before]
         normed = self._norm(states)
+        bias = self._own_bias()
         alone = normed if self._conv is None else normed[:, :prefix]
-        mixed = [] if self._own is None else [_each_task(alone, self._own())]
+        mixed = [] if self._own is None else [_each_task(alone, self._own(), bias)]
         if self._conv is not None:
-            mixed.append(_convolved(normed[:, prefix:].unflatten(1, (rows, columns)), self._conv()))
-        mixed = gelu(torch.cat(mixed, dim=1) + _beside(self._own_bias()))
-        states = states + (_each_task(mixed, self._out()) + _beside(self._out_bias()))
+            mixed.append(_convolved(normed[:, prefix:].unflatten(1, (rows, columns)), self._conv(), bias))
+        mixed = gelu(torch.cat(mixed, dim=1))
+        states = states + _each_task(mixed, self._out(), self._out_bias())
         current.side[self._key] = states
         return states
 
@@ -276,35 +277,41 @@ def _all_tasks(values: Tensor, down: Tensor) -> Tensor:
     return (values @ down.squeeze(0).transpose(0, 1).flatten(1)).unflatten(2, down.shape[1::2])
 
 
-def _each_task(states: Tensor, matrices: Tensor) -> Tensor:
-    """States (rows, tokens, tasks, r) by their tasks' matrices, (r, r) or (1 or rows, 1 or tasks, r, r)."""
-    if matrices.ndim == 2 or matrices.shape[0] > 1:
-        return per_task(states.squeeze(2), matrices).unsqueeze(2)
-    return per_task(states.flatten(0, 1), matrices).unflatten(0, states.shape[:2])
+def _each_task(states: Tensor, matrices: Tensor, biases: Tensor) -> Tensor:
+    """States by their tasks' matrices, and a bias.
+
+    Args:
+        states: (rows, tokens, tasks, r).
+        matrices: (r, r) of one task, else (1 or rows, 1 or tasks, r, r).
+        biases: (r,) of one task, else (1 or rows, 1 or tasks, r).
+    """
+    if matrices.ndim == 2:
+        return linear(states, matrices.mT.to(states.dtype), biases.to(states.dtype))
+    if matrices.shape[0] > 1:
+        return per_task(states.squeeze(2), matrices).unsqueeze(2) + biases.unsqueeze(1)
+    return per_task(states.flatten(0, 1), matrices).unflatten(0, states.shape[:2]) + biases.unsqueeze(1)
 
 
-def _beside(bias: Tensor) -> Tensor:
-    """Biases (r,) or (1 or rows, 1 or tasks, r) to be added to states (rows, tokens, tasks, r)."""
-    return bias if bias.ndim == 1 else bias.unsqueeze(1)
-
-
-def _convolved(states: Tensor, kernels: Tensor) -> Tensor:
-    """The 3x3 convolution of each task over the grid of patches, with a border of zeros.
+def _convolved(states: Tensor, kernels: Tensor, biases: Tensor) -> Tensor:
+    """The 3x3 convolution of each task over the grid of patches, with a border of zeros, and a bias.
 
     Args:
         states: (rows, height, width, tasks, r).
         kernels: (r, r, 3, 3) of one task, else (1 or rows, 1 or tasks, r, r, 3, 3).
+        biases: (r,) of one task, else (1 or rows, 1 or tasks, r).
 
     Returns:
         (rows, patches, tasks, r).
     """
     rows, height, width, tasks, narrow = states.shape
-    kernels = in_front(kernels, 6)
+    kernels = in_front(kernels, 6).to(states.dtype)
+    bias = biases.flatten().to(states.dtype)
+    groups = kernels.shape[0] * kernels.shape[1]
     if kernels.shape[0] == 1:
         grids = states.flatten(3).permute(0, 3, 1, 2)  # in memory as it was: channels last
     else:
         grids = states.squeeze(3).permute(0, 3, 1, 2).reshape(1, rows * narrow, height, width)
-    grids = conv2d(grids, kernels.flatten(0, 2).to(grids.dtype), padding=1, groups=kernels.shape[0] * kernels.shape[1])
+    grids = conv2d(grids, kernels.flatten(0, 2), bias, padding=1, groups=groups)
     if kernels.shape[0] == 1:
         return grids.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (tasks, narrow))
     return grids.view(rows, narrow, height * width).transpose(1, 2).unsqueeze(2)

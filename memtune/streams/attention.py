@@ -165,7 +165,7 @@ def stream_attention(
     gradient. Any kernel that a backbone can be set to computes the same sums.
     """
     site: Site = module.memtune_site
-    trunk = memtune_pass.block(site.block.index)
+    trunk = memtune_pass.block(site.block.index).to(query.dtype)  # once for all that read it
     further = site.further(memtune_pass)
     if memtune_pass.record is not None:
         own_token = KeysValues(key.transpose(1, 2).unsqueeze(3), value.transpose(1, 2).unsqueeze(3))
@@ -199,7 +199,7 @@ def stream_attention(
 
 def _trunk_scores(site: Site, trunk: TrunkBlock, query: Tensor) -> Tensor:
     """Scores of scaled queries on the trunk's keys, (rows, heads, tasks, tokens)."""
-    key = trunk.key.to(query.dtype)
+    key = trunk.key
     if _reads_side_by_side(site, query):
         wide = _in_own_part(query)
         for more in [update.queries(wide) for update in site.updates]:
@@ -213,7 +213,7 @@ def _trunk_scores(site: Site, trunk: TrunkBlock, query: Tensor) -> Tensor:
 
 def _trunk_context(site: Site, trunk: TrunkBlock, weights: Tensor) -> Tensor:
     """What weights (rows, heads, tasks, tokens) take of the trunk's values, (rows, heads, tasks, head width)."""
-    value = trunk.value.to(weights.dtype)
+    value = trunk.value
     if not _reads_side_by_side(site, weights):
         return weights @ value
     wide = (weights.flatten(1, 2) @ side_by_side(value)).unflatten(1, weights.shape[1:3])

@@ -90,6 +90,10 @@ class TrunkBlock(NamedTuple):
     bias: Tensor | None  # the class token's row of the additive mask, (1 or batch, 1 or heads, 1, tokens)
     grid: Grid | None = None  # of the trunk's own tokens; what earlier tasks add stands behind them
 
+    def to(self, dtype: torch.dtype) -> TrunkBlock:
+        """The same with keys and values of another type."""
+        return self._replace(key=self.key.to(dtype), value=self.value.to(dtype))
+
     def images(self, index: Tensor) -> TrunkBlock:
         """The same of some of the images, (number,)."""
         bias = self.bias

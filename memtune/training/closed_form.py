@@ -135,9 +135,9 @@ def fit_closed_form(model: TunedModel, train_dataset: Any, config: TrainingConfi
 
     The features are standardised; the penalty's strength is the one that is most often right about an image that is
     left out, the scale of the logits the one of the least cross-entropy there. Nothing but the head changes. It is what
-    every trained adapter should be compared with: a model that has a head alone (`wrap(backbone,
-    MemoryConfig(tokens=0, class_token=False), labels=...)`) takes no step of training, and costs a combined pass nothing.
-    With `wrap(..., head=memtune.RandomFeatures())` it is RanPAC's.
+    every trained adapter should be compared with. A model that has a head alone takes no step of training then, and
+    costs a combined pass nothing: `wrap(backbone, MemoryConfig(tokens=0, class_token=False), labels=...)`. With
+    `wrap(..., head=memtune.RandomFeatures())` it is RanPAC's.
 
     Args:
         model: The model, masked or not; it is left in evaluation mode.

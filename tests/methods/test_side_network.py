@@ -184,7 +184,7 @@ def test_without_a_token_nothing_else_is_to_be_read() -> None:
     with pytest.raises(ConfigError, match="blocks: got none"):
         memtune.wrap(backbone, SideNetworkConfig(readout="pool", blocks=[]), num_labels=2, masked=True)
     task = memtune.wrap(backbone, pooled, num_labels=2, masked=True)
-    with pytest.raises(ConfigError, match="no token"):
+    with pytest.raises(ConfigError, match="without a token"):
         memtune.explain(task, VIT.images(1))
     earlier = memtune.combine(backbone, {"a": task})
     with pytest.raises(ConfigError, match="no task tokens"):
