@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 
 import datasets
 import peft
@@ -41,15 +42,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(args: argparse.Namespace, folder: str, processor: object, *, train: bool) -> tuple[DataLoader, list[str]]:
-    data = datasets.load_dataset("imagefolder", data_dir=folder, data_files="**", split="train")
-    labels = data.features["label"].names
+def load(args: argparse.Namespace, data: datasets.Dataset, processor: object, *, train: bool) -> DataLoader:
     augment = None
     if train and args.randaugment_ops:
         augment = Augmentation(args.randaugment_ops, args.randaugment_magnitude, args.seed)
     items = ImageDataset(data, processor, image_size=args.image_size, augment=augment)
     order = torch.Generator().manual_seed(args.seed)
-    return DataLoader(items, args.batch_size, train, generator=order, collate_fn=Collator(len(labels))), labels
+    collator = Collator(len(data.features["label"].names))
+    return DataLoader(items, args.batch_size, train, generator=order, collate_fn=collator)
 
 
 def build(args: argparse.Namespace, labels: list[str]) -> torch.nn.Module:
@@ -63,13 +63,12 @@ def build(args: argparse.Namespace, labels: list[str]) -> torch.nn.Module:
     return peft.get_peft_model(model, config)
 
 
-def main() -> None:
-    args = parse_arguments()
+def run(args: argparse.Namespace, splits: Sequence[datasets.Dataset]) -> tuple[float, int, float]:
+    """Train on one split and test on the other: the accuracy, the number of trained values, the seconds of training."""
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
-    train, labels = load(args, args.train_dir, processor, train=True)
-    test, _ = load(args, args.validation_dir, processor, train=False)
+    train, test = (load(args, split, processor, train=number == 0) for number, split in enumerate(splits))
     set_seed(args.seed)
-    model = build(args, labels)
+    model = build(args, splits[0].features["label"].names)
     steps = len(train) * args.num_train_epochs
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -99,10 +98,17 @@ def main() -> None:
     model.eval()
     with torch.no_grad():
         right = sum((logits(batch).argmax(1) == batch["labels"]).sum().item() for batch in test)
-    count = sum(p.numel() for p in trained)
-    print(
-        f"accuracy {100 * right / len(test.dataset):.2f} % with {count:,} trained values, {seconds:.0f} s of training"
-    )
+    return right / len(test.dataset), sum(p.numel() for p in trained), seconds
+
+
+def main() -> None:
+    args = parse_arguments()
+    splits = [
+        datasets.load_dataset("imagefolder", data_dir=folder, data_files="**", split="train")
+        for folder in (args.train_dir, args.validation_dir)
+    ]
+    accuracy, count, seconds = run(args, splits)
+    print(f"accuracy {100 * accuracy:.2f} % with {count:,} trained values, {seconds:.0f} s of training")
 
 
 if __name__ == "__main__":

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
+from ..backbones import Backbone
+from ..data import load_folder
 from ..errors import CheckpointError, ConfigError, InputError
 from ..evaluation import evaluate as evaluate_model
-from ..models import MultiTaskModel, TunedModel
+from ..models import MultiTaskModel, TunedModel, shared_processor
 from ..models import combine as combine_tasks
 from ..preparation import TrainingConfig
-from ..storage import FORMAT_VERSION, find_folder, list_adapters, load_recorded_backbone, read_folder
+from ..storage import FORMAT_VERSION, decode, find_folder, list_adapters, load_recorded_backbone, read_folder
 from . import finetuning
-from .contact_sheet import draw_sheet
+from .contact_sheet import check_sheet, draw_sheet
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,21 +107,30 @@ def _describe(values: dict[str, Any]) -> str:
 def predict(options: Namespace) -> Result:
     """Classify images by the labels of each adapter, all of them in one pass over an image.
 
+    Images that cannot be read are named, and the exit code is 1; the others are answered all the same.
     Prints a line for each image and task: the best labels with their probabilities.
     """
-    if options.top_k < 1:
-        raise ConfigError(f"--top_k: got {options.top_k}, expected 1 or more")
+    for name in ("top_k", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name}: got {getattr(options, name)}, expected 1 or more")
+    if options.sheet:
+        check_sheet(Path(options.sheet))
     model, processor = _load_model(options)
     labels = model.tasks
     if without := [name for name, own in labels.items() if not own]:
         raise ConfigError(f"--adapter: {without} have no labels to predict: they give features")
-    answers = []
-    for images, paths in _batches(options.images, options.batch_size):
+    answers, problems = [], []
+    channels = Backbone(model.backbone).channels
+    for images, paths in _batches(options.images, options.batch_size, channels, problems):
         pixel_values = processor(images=images, return_tensors="pt").pixel_values.to(model.backbone.device)
         output = model(pixel_values)
         for place, path in enumerate(paths):
             tasks = {name: _best(answer.logits[place], labels[name], options.top_k) for name, answer in output.items()}
             answers.append({"image": path, "tasks": tasks})
+    if not answers:
+        raise InputError("; ".join(problems))
+    for problem in problems:
+        logger.error("%s", problem)
     if options.sheet:
         draw_sheet(answers, Path(options.sheet))
     rows = [
@@ -125,7 +138,7 @@ def predict(options: Namespace) -> Result:
         for each in answers
         for name, best in each["tasks"].items()
     ]
-    return Result(answers, "\n".join(rows))
+    return Result(answers, "\n".join(rows), exit_code=1 if problems else 0)
 
 
 def _load_model(options: Namespace) -> tuple[MultiTaskModel, Any]:
@@ -134,8 +147,8 @@ def _load_model(options: Namespace) -> tuple[MultiTaskModel, Any]:
         raise ConfigError(f"--adapter: got {[name for name, _ in options.adapter]}, which names a task twice")
     first = read_folder(find_folder(options.adapter[0][1]))
     backbone = _load_backbone(options.backbone) or load_recorded_backbone(first)
-    processor = first.processor or AutoImageProcessor.from_pretrained(backbone.name_or_path)
-    return combine_tasks(backbone, sources), processor
+    model = combine_tasks(backbone, sources)
+    return model, shared_processor(model) or AutoImageProcessor.from_pretrained(backbone.name_or_path)
 
 
 def _load_backbone(name: str | None) -> PreTrainedModel | None:
@@ -148,18 +161,27 @@ def _load_backbone(name: str | None) -> PreTrainedModel | None:
         raise ConfigError(f"--backbone: {name!r} cannot be loaded: {error}") from error
 
 
-def _batches(paths: Sequence[str], size: int) -> Iterator[tuple[list[Image.Image], Sequence[str]]]:
+def _batches(
+    paths: Sequence[str], size: int, channels: int, problems: list[str]
+) -> Iterator[tuple[list[Image.Image], Sequence[str]]]:
+    """Images and their paths; what is wrong with those that cannot be read goes to `problems`."""
     for start in tqdm(range(0, len(paths), size), unit="batch", disable=None):
-        chosen = paths[start : start + size]
-        yield [_open(path) for path in chosen], chosen
+        read = []
+        for path in paths[start : start + size]:
+            try:
+                read.append((_open(path, channels), path))
+            except InputError as error:
+                problems.append(str(error))
+        if read:
+            images, names = zip(*read, strict=True)
+            yield list(images), names
 
 
-def _open(path: str) -> Image.Image:
+def _open(path: str, channels: int = 3) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError(f"{path} cannot be read as an image: {error}") from error
+        return decode(path, channels)
+    except InputError as error:
+        raise InputError(f"{path} {error}") from error
 
 
 def _best(logits: torch.Tensor, labels: list[str], number: int) -> list[tuple[str, float]]:
@@ -170,15 +192,7 @@ def _best(logits: torch.Tensor, labels: list[str], number: int) -> list[tuple[st
 def evaluate(options: Namespace) -> Result:
     """Measure an adapter's accuracy on a folder with one folder of images for each class, named by its labels."""
     model = TunedModel.from_pretrained(options.adapter, _load_backbone(options.backbone))
-    labels = model.task.labels
-    data = datasets.load_dataset("imagefolder", data_dir=options.data, data_files="**", split="train")
-    classes = data.features["label"].names
-    if unknown := [name for name in classes if name not in labels]:
-        raise InputError(f"{options.data} has the classes {unknown}, which are no labels of the adapter")
-    places = [labels.index(name) for name in classes]
-    data = data.cast_column("label", datasets.Value("int64")).map(
-        lambda given: {"label": [places[label] for label in given]}, input_columns="label", batched=True
-    )
+    data = load_folder(options.data)
     scores = evaluate_model(model, data, TrainingConfig(disable_tqdm=True, image_size=options.image_size))
     values = {"adapter": options.adapter, "images": len(data), **scores}
     return Result(values, f"accuracy {100 * scores['accuracy']:.2f} % of {len(data)} images, loss {scores['loss']:.4f}")

@@ -7,9 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ..drawing import new_figure
+from ..errors import ConfigError
+from ..storage import decode
+
+
+def check_sheet(path: Path) -> None:
+    """Raise `ConfigError` if no picture can be written to a path."""
+    endings = new_figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in endings or not path.parent.is_dir():
+        raise ConfigError(
+            f"--sheet: got {str(path)!r}, expected a file in a folder that is there, with one of the endings "
+            f"{sorted(endings)}"
+        )
 
 
 def draw_sheet(answers: Sequence[Mapping[str, Any]], path: Path, columns: int = 4) -> None:
@@ -29,8 +39,7 @@ def draw_sheet(answers: Sequence[Mapping[str, Any]], path: Path, columns: int = 
     for axes in grid:
         axes.axis("off")
     for axes, answer in zip(grid, answers, strict=False):
-        with Image.open(answer["image"]) as image:
-            axes.imshow(image.convert("RGB"))
+        axes.imshow(decode(answer["image"]))
         lines = [f"{task}: {best[0][0]} ({best[0][1]:.0%})" for task, best in answer["tasks"].items()]
         axes.set_title("\n".join(lines), fontsize=8)
     figure.savefig(path, dpi=120)

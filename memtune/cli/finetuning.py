@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
+from ..backbones import Backbone
+from ..data import LabelReader, class_names, find_columns, held_out, load_folder, load_splits
 from ..errors import ConfigError, InputError
 from ..evaluation import evaluate
 from ..methods import AdapterConfig, MemoryConfig, method_names, read_config
 from ..models import TunedModel, wrap
-from ..preparation import TrainingConfig, add_training_arguments, read_training_arguments
+from ..preparation import add_training_arguments, read_training_arguments
 from ..training import fit
 
 RESULTS_NAME = "all_results.json"
@@ -45,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--validation_dir", help="the same, for evaluation")
     add("--dataset_name", help="a data set of the Hub, in place of folders")
     add("--dataset_config_name", help="its configuration")
-    add("--image_column_name", default="image", help="the column of images")
-    add("--label_column_name", default="label", help="the column of labels")
+    add("--image_column_name", help="the column of images; by default image, or the only one of that type")
+    add("--label_column_name", help="the column of labels; by default label, or the only one of that type")
     add("--train_val_split", type=float, default=0.15, help="share to evaluate on where there is no such split")
     add("--max_train_samples", type=int, help="train on so many images, chosen by the seed")
     add("--max_eval_samples", type=int, help="evaluate on so many images, chosen by the seed")
@@ -57,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume_from_checkpoint", nargs="?", const=True, default=None, help=text)
     add("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
     add("--num_processes", type=int, default=1, help="with --cpu: processes to start on this machine")
-    add_training_arguments(group, leave_out=["output_dir"], save_total_limit=2)
+    add_training_arguments(group, leave_out=["output_dir", "image_column", "label_column"], save_total_limit=2)
     add = parser.add_argument_group("sharing").add_argument
     add("--push_to_hub", action="store_true", help="push the adapter to the Hub at the end")
     add("--hub_model_id", help="where to; by default the name of --output_dir")
@@ -82,21 +84,23 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] | No
     logging.basicConfig(level=logging.INFO if state.is_main_process else logging.ERROR)
     if not state.is_main_process:
         datasets.disable_progress_bars()
-    config = read_training_arguments(args)
+    columns = {"image_column": args.image_column_name, "label_column": args.label_column_name}
+    config = read_training_arguments(args, **columns)
     with state.main_process_first():
         train, evaluation = load_data(args)
     set_seed(args.seed)
-    model = build_model(args, train.features["label"].names)
+    label_column = find_columns(train, args.image_column_name, args.label_column_name)[1]
+    model = build_model(args, _names(train, label_column))
     result = fit(model, train, evaluation, config, resume_from_checkpoint=args.resume_from_checkpoint)
     # where there was no epoch, the model as it is gets measured, as in transformers' own examples
-    last = result.history[-1] if result.history else _evaluate(model, evaluation, config)
+    measured = result.scores or evaluate(model, evaluation, config)
     if not state.is_main_process:
         return None
-    scores = {name: value for name, value in last.items() if name.startswith("eval_")}
+    scores = {f"eval_{name}": value for name, value in measured.items()}
     card: dict[str, Any] = {
         "base_model_name": args.base_model_name,
         "results": {"accuracy": scores["eval_accuracy"]},
-        "training": config.for_mode(args.masked),
+        "training": config.for_mode(model.task.masked),
     }
     model.save_pretrained(args.output_dir, **card)
     summary = {
@@ -104,6 +108,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] | No
         "train_samples": len(train),
         "eval_samples": len(evaluation),
         "train_runtime": round(result.seconds, 1),
+        "image_size": " x ".join(map(str, model.task.image_size or Backbone(model.backbone).image_size)) + " px",
         "num_processes": state.num_processes,
         "trainable_parameters": model.trainable_parameters(),
         "command": " ".join(command),
@@ -119,13 +124,13 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] | No
     return summary
 
 
-def _evaluate(model: TunedModel, dataset: Dataset, config: TrainingConfig) -> dict[str, float]:
-    return {f"eval_{name}": value for name, value in evaluate(model, dataset, config).items()}
-
-
 def describe(summary: dict[str, Any], output_dir: str) -> str:
     """What a person is told at the end."""
-    return f"accuracy {100 * summary['eval_accuracy']:.2f} %; the adapter is in {output_dir}"
+    return (
+        f"accuracy {100 * summary['eval_accuracy']:.2f} % of {summary['eval_samples']} images, trained on "
+        f"{summary['train_samples']} in {len(summary['history'])} epochs at {summary['image_size']}; the adapter is in "
+        f"{output_dir}"
+    )
 
 
 def _start_processes(number: int) -> None:
@@ -136,42 +141,56 @@ def _start_processes(number: int) -> None:
 
 
 def load_data(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
-    """The images to train and to evaluate on, in the columns `image` and `label`.
+    """The images to train and to evaluate on.
 
     Raises:
-        ConfigError: The arguments name no data.
-        InputError: It cannot be loaded.
+        ConfigError: The arguments name no data, or a share that leaves none.
+        InputError: It cannot be loaded, or has fewer than two classes.
     """
-    if not (args.train_dir or args.dataset_name):
-        raise ConfigError("got no data to train on; give --train_dir, or --dataset_name")
-    try:
-        splits = _load_splits(args)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise InputError(f"{args.train_dir or args.dataset_name} cannot be loaded: {error}") from error
+    splits = _load_splits(args)
     evaluation = next((splits[name] for name in ("validation", "test") if name in splits), None)
     train = splits["train"]
+    label_column = find_columns(train, args.image_column_name, args.label_column_name)[1]
+    names = _names(train, label_column)
     if evaluation is None:
-        halves = train.train_test_split(args.train_val_split, seed=args.seed)
-        train, evaluation = halves["train"], halves["test"]
-    train, evaluation = (_rename(split, args) for split in (train, evaluation))
+        reader = LabelReader(names, class_names(train, label_column))
+        labels = [reader(label, f"image {index}") for index, label in enumerate(train.with_format(None)[label_column])]
+        places = held_out(labels, args.train_val_split, args.seed)
+        evaluation = train.select(places)
+        train = train.select(sorted(set(range(len(train))) - set(places)))
     return _sample(train, args.max_train_samples, args.seed), _sample(evaluation, args.max_eval_samples, args.seed)
 
 
-def _load_splits(args: argparse.Namespace) -> Mapping[Any, Dataset]:
+def _names(train: Dataset, label_column: str) -> list[str]:
+    """The names of the classes, at least two.
+
+    Raises:
+        InputError: They have no names, or there is only one.
+    """
+    names = class_names(train, label_column)
+    if names is None:
+        raise InputError(
+            f"the column {label_column!r} is of the type {train.features[label_column]}, which has no names of "
+            "classes; expected ClassLabel or texts, or another column by --label_column_name"
+        )
+    if len(names) < 2:
+        raise InputError(f"got the classes {names}, expected two or more: with one there is nothing to tell apart")
+    return names
+
+
+def _load_splits(args: argparse.Namespace) -> dict[str, Dataset]:
     if args.dataset_name:
-        return load_dataset(args.dataset_name, args.dataset_config_name)
-    folders = {"train": args.train_dir, "validation": args.validation_dir}
-    # "**", as a class folder named like a split, such as `train`, is taken for that split otherwise.
-    return {
-        name: load_dataset("imagefolder", data_dir=folder, data_files="**", split="train")
-        for name, folder in folders.items()
-        if folder
-    }
-
-
-def _rename(split: Dataset, args: argparse.Namespace) -> Dataset:
-    names = {args.image_column_name: "image", args.label_column_name: "label"}
-    return split.rename_columns({old: new for old, new in names.items() if old != new})
+        try:
+            found: Any = load_dataset(args.dataset_name, args.dataset_config_name)
+        except (OSError, ValueError, DatasetsError) as error:
+            raise InputError(f"--dataset_name: {args.dataset_name} cannot be loaded: {error}") from error
+        if "train" not in found:
+            raise InputError(f"--dataset_name: {args.dataset_name} has the splits {list(found)}, and no train")
+        return dict(found)
+    if not args.train_dir:
+        raise ConfigError("got no data to train on; give --train_dir, or --dataset_name")
+    splits = load_splits(args.train_dir)
+    return splits | ({"validation": load_folder(args.validation_dir)} if args.validation_dir else {})
 
 
 def _sample(split: Dataset, limit: int | None, seed: int) -> Dataset:
@@ -191,8 +210,15 @@ def build_model(args: argparse.Namespace, labels: Sequence[str]) -> TunedModel:
         processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--model_name_or_path: {args.model_name_or_path!r} cannot be loaded: {error}") from error
+    settings = args.method_config
+    if not isinstance(settings, dict) or settings.keys() - set(args.method):
+        raise ConfigError(
+            f"--method_config: got {settings!r}, expected settings as JSON by the names that --method has, such as "
+            f'{{"{args.method[0]}": {{...}}}}'
+        )
     configs = [_read_method(args, name) for name in args.method]
-    return wrap(backbone, configs, labels=labels, masked=args.masked, processor=processor)
+    masked = args.masked and args.method != ["head"]  # a head alone leaves the backbone as it is in either mode
+    return wrap(backbone, configs, labels=labels, masked=masked, processor=processor)
 
 
 def _read_method(args: argparse.Namespace, name: str) -> AdapterConfig:

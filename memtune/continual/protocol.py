@@ -12,7 +12,7 @@ import copy
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,10 +26,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from ..data import IGNORED, ImageDataset, LabelReader, class_names
 from ..errors import ConfigError, InputError
 from ..evaluation import evaluate
 from ..models import TunedModel
-from ..preparation import TrainingConfig
+from ..preparation import TrainingConfig, make_items
 from ..training import FeatureSums, fit, read_features, solve_head
 from .folder import RunFolder, start_task
 from .result import ContinualResult
@@ -141,7 +142,11 @@ def fit_continual(
     head = model.task.require_head("fit_continual")
     sums = FeatureSums(head) if solver == "closed_form" else None
     _check_classes(tasks, len(model.task.labels))
-    tasks = [_checked(task) for task in tasks]
+    tasks = [_checked(task, model, config) for task in tasks]
+    if config.mixup_alpha or config.cutmix_alpha:
+        raise ConfigError(
+            "mixup_alpha, cutmix_alpha: they mix images of classes that the loss of a task tells apart; leave them out"
+        )
     _rehearse(model, len(tasks))
     how = loss if solver == "gradient" else solver
     folder = None if output_dir is None else RunFolder(Path(output_dir), model, tasks, config, how)
@@ -233,38 +238,40 @@ def _check_classes(tasks: Sequence[ContinualTask], labels: int) -> None:
         )
 
 
-def _checked(task: ContinualTask) -> ContinualTask:
+def _checked(task: ContinualTask, model: TunedModel, config: TrainingConfig) -> ContinualTask:
     """The task, with data sets whose labels are its classes: checked now where that takes no image, else later."""
-    train, evaluation = (_of_classes(each, task.classes) for each in (task.train_dataset, task.eval_dataset))
+    train, evaluation = (_of_classes(each, task, model, config) for each in (task.train_dataset, task.eval_dataset))
     return replace(task, train_dataset=train, eval_dataset=evaluation)
 
 
-def _of_classes(dataset: Any, classes: Sequence[int]) -> Any:
+def _of_classes(dataset: Any, task: ContinualTask, model: TunedModel, config: TrainingConfig) -> Any:
     if not isinstance(dataset, datasets.Dataset):
-        return _CheckedLabels(dataset, classes)
-    column = "labels" if "pixel_values" in dataset.column_names else "label"
-    if column in dataset.column_names:
-        _check_labels(set(dataset.with_format(None)[column][:]), classes)
+        return _CheckedLabels(dataset, task.classes, LabelReader(model.task.labels, class_names(dataset)))
+    items = make_items(model, dataset, config)
+    if isinstance(items, ImageDataset) or dataset.format["type"] != "custom":
+        _check_labels(set(items.labels()), task.classes)
     return dataset
 
 
 class _CheckedLabels(Dataset):
     """A data set of items that refuses labels of other classes."""
 
-    def __init__(self, dataset: Any, classes: Sequence[int]) -> None:
+    def __init__(self, dataset: Any, classes: Sequence[int], reader: LabelReader) -> None:
         self._dataset = dataset
         self._classes = classes
+        self._reader = reader
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Any:
         item = self._dataset[index]
-        if item is not None and "labels" in item:
-            _check_labels({int(item["labels"])}, self._classes)
+        label = item.get("labels", item.get("label")) if isinstance(item, Mapping) else None
+        if label is not None:
+            _check_labels({self._reader(label, f"item {index}")}, self._classes)
         return item
 
 
 def _check_labels(labels: set[int], classes: Sequence[int]) -> None:
-    if others := sorted(labels.difference(classes)):
+    if others := sorted(labels.difference(classes, [IGNORED])):
         raise InputError(f"labels: got {others} in the data of the task of the classes {sorted(classes)}")

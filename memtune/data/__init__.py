@@ -3,6 +3,17 @@
 from .augmentation import Augmentation as Augmentation
 from .augmentation import Mixing as Mixing
 from .augmentation import mixing as mixing
+from .folders import load_folder as load_folder
+from .folders import load_splits as load_splits
 from .images import Collator as Collator
 from .images import ImageDataset as ImageDataset
+from .images import ItemDataset as ItemDataset
+from .images import Items as Items
 from .images import as_items as as_items
+from .images import find_columns as find_columns
+from .labels import IGNORED as IGNORED
+from .labels import LabelReader as LabelReader
+from .labels import class_names as class_names
+from .splitting import digest as digest
+from .splitting import held_out as held_out
+from .splitting import select as select

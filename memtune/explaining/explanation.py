@@ -194,12 +194,20 @@ def memory_usage(
     observer = Observer(model, task)
     if not observer.has_memory:
         raise ConfigError(f"model: got a task of the methods {observer.task.methods}, which has no memory tokens")
-    items = as_items(dataset, observer.processor, None, on_error)
+    items = as_items(
+        dataset,
+        observer.processor,
+        None,
+        on_error,
+        labels=observer.task.labels or None,
+        channels=observer.backbone.channels,
+    )
     sums: list[Attention] | None = None
     images = 0
     classes = len(observer.task.labels) or sys.maxsize  # without a head a label means nothing
     for batch in DataLoader(items, batch_size=batch_size, collate_fn=Collator(classes)):
-        pixel_values = check_images(batch["pixel_values"], observer.backbone, interpolate=False)
+        interpolate = observer.interpolates(batch["pixel_values"], asked=False)
+        pixel_values = check_images(batch["pixel_values"], observer.backbone, interpolate=interpolate)
         found, _ = observer.observe(pixel_values, False)
         images += len(pixel_values)
         added = [block.apply(lambda part: part.double().sum(dim=0)) for block in found]

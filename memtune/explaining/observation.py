@@ -18,8 +18,9 @@ from torch import Tensor
 from ..backbones import Backbone
 from ..errors import ConfigError, InputError, UnsupportedBackboneError
 from ..models import MultiTaskModel, TunedModel
+from ..storage import decode
 from ..streams import Pass, Trunk
-from ..tasks import Batch, Task, check_images, check_task_names, lane_of
+from ..tasks import Batch, Task, check_images, check_task_names, interpolates, lane_of
 from .shares import Attention
 
 
@@ -50,7 +51,7 @@ class Observer:
         if isinstance(image, Image.Image):
             if self.processor is None:
                 raise InputError("image: the task has no image processor; pass pixel_values (1, channels, ...) instead")
-            image = image.convert("RGB") if self.backbone.channels == 3 else image
+            image = decode(image, self.backbone.channels)
             image = self.processor(image, return_tensors="pt").pixel_values
         elif isinstance(image, (list, tuple)):
             raise InputError(f"image: got {len(image)} images, expected one; call explain for each")
@@ -59,15 +60,21 @@ class Observer:
                 f"image: got {type(image).__name__}, expected a PIL image (PIL.Image.open reads a file) or "
                 "pixel_values (1, channels, height, width)"
             )
-        image = check_images(image, self.backbone, interpolate=interpolate)
+        image = check_images(image, self.backbone, interpolate=self.interpolates(image, asked=interpolate))
         if len(image) != 1:
             raise InputError(f"image: got pixel_values of {len(image)} images, expected one; call explain for each")
         return image
+
+    def interpolates(self, image: Any, *, asked: bool) -> bool:
+        """Whether positions are interpolated: where it is asked, or where the task was trained so."""
+        size = self.task.image_size
+        return interpolates(image, {} if size is None else {"": size}, asked=asked)
 
     @torch.no_grad()
     def observe(self, pixel_values: Tensor, interpolate: bool) -> tuple[list[Attention], Tensor]:
         """For each block the attention (images, heads, ...), and the probabilities (images, classes)."""
         pixel_values = pixel_values.to(device=self.backbone.model.device, dtype=self.backbone.model.dtype)
+        interpolate = self.interpolates(pixel_values, asked=interpolate)
         weights: list[list[Tensor]] = []
         current = Pass()
         if self.task.masked or self._lane.stream.needs_query:

@@ -10,6 +10,7 @@ from .multitask import combine as combine
 from .peft_folders import export_peft as export_peft
 from .peft_folders import import_peft as import_peft
 from .pipelines import pipeline as pipeline
+from .pipelines import shared_processor as shared_processor
 from .tuned import TunedModel as TunedModel
 from .tuned import load as load
 from .wrapping import wrap as wrap

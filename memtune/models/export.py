@@ -46,7 +46,7 @@ def export_program(
     Args:
         model: The model.
         tasks: The tasks of a multi-task model to answer; None for all of them.
-        image_size: Height and width of the images in pixels, where they are not the backbone's.
+        image_size: Height and width of the images in pixels; by default those that the tasks were trained at.
         dynamic_batch: Take batches of any size; otherwise of one image.
 
     Raises:
@@ -149,7 +149,7 @@ class _Graph(nn.Module):
     ) -> None:
         super().__init__()
         backbone = Backbone(model.backbone)
-        self._size = _check_size(image_size, backbone)
+        self._size = _check_size(image_size, backbone, tasks)
         self._interpolate = not backbone.family.any_size and self._size != backbone.image_size
         arrangement = Arrangement.of(backbone, tasks)
         self._trunk, self._lanes = arrangement.trunk, arrangement.lanes
@@ -186,9 +186,14 @@ class _Graph(nn.Module):
         return ({} if base is None else {BASE: base}) | {name: answers[name] for name in self._classes}
 
 
-def _check_size(size: Any, backbone: Backbone) -> tuple[int, int]:
+def _check_size(size: Any, backbone: Backbone, tasks: Mapping[str, Task]) -> tuple[int, int]:
     if size is None:
-        return backbone.image_size
+        trained = {task.image_size or backbone.image_size for task in tasks.values()}
+        if len(trained) > 1:
+            raise ConfigError(
+                f"image_size: the tasks were trained at the sizes {sorted(trained)}; say which to export for"
+            )
+        return trained.pop() if trained else backbone.image_size
     if not isinstance(size, Sequence) or len(size) != 2 or not all(type(each) is int and each > 0 for each in size):
         raise ConfigError(f"image_size: got {size!r}, expected height and width in pixels, or None")
     return size[0], size[1]

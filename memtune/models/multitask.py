@@ -34,6 +34,7 @@ from ..tasks import (
     answer_each,
     check_images,
     check_task_names,
+    interpolates,
     make_plan,
     outside_graphs,
 )
@@ -195,9 +196,13 @@ class MultiTaskModel(SharedModel):
     def _answer(
         self, pixel_values: Tensor, tasks: Sequence[str] | None, rows: Sequence[str] | None, interpolate: bool
     ) -> MultiTaskOutput | MixedOutput:
-        arrangement = self.arrangement
-        pixel_values = check_images(pixel_values, arrangement.trunk.view, interpolate=interpolate)
-        names = _check_names(tasks, rows, pixel_values.shape[0], arrangement.tasks)
+        arrangement, backbone = self.arrangement, self.arrangement.trunk.view
+        batch = len(pixel_values) if isinstance(pixel_values, Tensor) and pixel_values.ndim else 0
+        names = _check_names(tasks, rows, batch, arrangement.tasks)
+        sizes = {name: arrangement.tasks[name].image_size for name in names}
+        trained = {name: size or backbone.image_size for name, size in sizes.items()} if any(sizes.values()) else {}
+        interpolate = interpolates(pixel_values, trained, asked=interpolate)
+        pixel_values = check_images(pixel_values, backbone, interpolate=interpolate)
         place = arrangement.trunk, arrangement.lanes
         if rows is not None:
             each, base = answer_each(*place, pixel_values, names, interpolate=interpolate)

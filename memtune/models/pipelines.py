@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import ImageClassificationPipeline
+from transformers.image_utils import load_image
 
+from ..backbones import Backbone
 from ..errors import ConfigError
+from ..storage import decode
 from ..tasks import check_task_names
 from .multitask import MultiTaskModel
 from .tuned import TunedModel
@@ -57,7 +62,7 @@ def pipeline(
     elif "tasks" not in options:
         _check_labelled(model, list(model.tasks))
     if image_processor is None:
-        image_processor = model.processor if isinstance(model, TunedModel) else _shared_processor(model)
+        image_processor = model.processor if isinstance(model, TunedModel) else shared_processor(model)
     if not callable(image_processor):
         raise ConfigError(
             f"image_processor: got {image_processor!r}; pass one, such as AutoImageProcessor.from_pretrained(...)"
@@ -80,7 +85,7 @@ def _check_labelled(model: MultiTaskModel, names: Sequence[str]) -> None:
         )
 
 
-def _shared_processor(model: MultiTaskModel) -> Any:
+def shared_processor(model: MultiTaskModel) -> Any:
     """The image processor of all tasks that have one, None if there is none."""
     found = {name: processor for name, processor in model.processors.items() if processor is not None}
     first = next(iter(found), "")
@@ -97,6 +102,17 @@ class TaskPipeline(ImageClassificationPipeline):
 
     def check_model_type(self, supported_models: Any) -> None:
         """Accept memtune's models, which transformers' own list does not name."""
+
+    def preprocess(self, image: Any, timeout: float | None = None) -> Any:
+        """What the model takes of an image: of a file here, or a PIL image, read as in training."""
+        if isinstance(image, Image.Image) or (isinstance(image, str) and Path(image).is_file()):
+            model: Any = self.model
+            image = decode(image, Backbone(model.backbone).channels)
+        else:
+            image = load_image(image, timeout=timeout)
+        assert self.image_processor is not None
+        inputs: Any = self.image_processor(images=image, return_tensors="pt")
+        return inputs.to(self.model.dtype)
 
 
 class MultiTaskPipeline(TaskPipeline):

@@ -39,6 +39,7 @@ from ..tasks import (
     check_images,
     check_labels,
     head_lane_of,
+    interpolates,
     lane_of,
     merge,
 )
@@ -187,6 +188,7 @@ class TunedModel(SharedModel):
             return self._answer(self._from_trunk(), Batch(trunk), labels, return_dict)
         views = self._views or self._renew()
         described = views.described
+        interpolate_pos_encoding = self._interpolates(pixel_values, asked=interpolate_pos_encoding)
         pixel_values = check_images(pixel_values, described, interpolate=interpolate_pos_encoding)
         if not self._active:
             options = {} if described.family.any_size else {"interpolate_pos_encoding": interpolate_pos_encoding}
@@ -197,7 +199,9 @@ class TunedModel(SharedModel):
     def _run_backbone(self, pixel_values: Any, inputs: dict[str, Any], return_dict: bool | None) -> Any:
         """The output of the backbone's own class, its head reading the adapted tower."""
         given = {name: value for name, value in inputs.items() if value is not None}
-        interpolate = "interpolate_pos_encoding" in given
+        interpolate = self._interpolates(pixel_values, asked="interpolate_pos_encoding" in given)
+        if interpolate:
+            given["interpolate_pos_encoding"] = True
         views = self._views or self._renew()
         pixel_values = check_images(pixel_values, views.described, interpolate=interpolate)
         if views.described.family.any_size:
@@ -211,6 +215,15 @@ class TunedModel(SharedModel):
         if penalty is not None and output.get("loss") is not None:
             output["loss"] = output["loss"] + penalty
         return output.to_tuple() if return_dict is False else output
+
+    def _interpolates(self, pixel_values: Any, *, asked: bool) -> bool:
+        """Whether positions are interpolated: where it is asked, or where the task was trained so.
+
+        Raises:
+            InputError: The images are not of the size that the task was trained at.
+        """
+        size = self.task.image_size if self._active else None
+        return interpolates(pixel_values, {} if size is None else {"": size}, asked=asked)
 
     def _batch(self, pixel_values: Tensor, interpolate: bool) -> Batch:
         """Images (batch, channels, height, width), which have been checked, with the trunk's pass in masked mode."""
@@ -264,6 +277,7 @@ class TunedModel(SharedModel):
             InputError: The images have the wrong shape, type or size.
         """
         views = self._views or self._renew()
+        interpolate_pos_encoding = self._interpolates(pixel_values, asked=interpolate_pos_encoding)
         pixel_values = check_images(pixel_values, views.described, interpolate=interpolate_pos_encoding)
         return views.lane.features(self._batch(pixel_values, interpolate_pos_encoding)).squeeze(1)
 
@@ -277,6 +291,7 @@ class TunedModel(SharedModel):
         self._from_trunk()
         views = self._views or self._renew()
         assert views.trunk is not None
+        interpolate_pos_encoding = self._interpolates(pixel_values, asked=interpolate_pos_encoding)
         pixel_values = check_images(pixel_values, views.described, interpolate=interpolate_pos_encoding)
         return views.trunk.run(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)[0]
 

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ def _number(value: Any) -> bool:
 
 
 def _whole(value: Any) -> bool:
-    return _number(value) and value >= 1 and float(value).is_integer()
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _path(value: Any) -> bool:
@@ -36,11 +37,12 @@ def _path(value: Any) -> bool:
 
 
 def _whole_to(most: float) -> Callable[[Any], bool]:
-    return lambda value: _number(value) and 0 <= value <= most and float(value).is_integer()
+    return lambda value: value == 0 or (_whole(value) and value <= most)
 
 
 def _weights(value: Any) -> bool:
-    return isinstance(value, Sequence) and bool(value) and all(_number(each) and each >= 0 for each in value)
+    numbers = isinstance(value, Sequence) and bool(value) and all(_number(each) and each >= 0 for each in value)
+    return numbers and any(value)
 
 
 def _one_of(*choices: str) -> Rule:
@@ -51,6 +53,7 @@ _WHOLE: Rule = ("a whole number, 1 or more", _whole)
 _NOT_NEGATIVE: Rule = ("a number, 0 or more", lambda value: _number(value) and value >= 0)
 _SHARE: Rule = ("a number from 0 to below 1", lambda value: _number(value) and 0 <= value < 1)
 _FLAG: Rule = ("True or False", lambda value: isinstance(value, bool))
+_NAME: Rule = ("the name of a column", lambda value: isinstance(value, str) and bool(value))
 _FOLDER: Rule = ("the path of a folder", _path)
 
 _RULES: dict[str, Rule] = {
@@ -68,7 +71,7 @@ _RULES: dict[str, Rule] = {
     "lr_scheduler_type": _one_of("cosine", "linear", "constant", "constant_with_warmup"),
     "max_grad_norm": _NOT_NEGATIVE,
     "label_smoothing_factor": _SHARE,
-    "class_weights": ("a number, 0 or more, for each class", _weights),
+    "class_weights": ("a number, 0 or more, for each class, and not 0 for all", _weights),
     "ema_decay": _SHARE,
     "mixup_alpha": _NOT_NEGATIVE,
     "cutmix_alpha": _NOT_NEGATIVE,
@@ -76,8 +79,11 @@ _RULES: dict[str, Rule] = {
     "randaugment_magnitude": ("a whole number from 0 to 30", _whole_to(30)),
     "mixed_precision": _one_of("no", "bf16", "fp16"),
     "image_size": _WHOLE,
+    "image_column": _NAME,
+    "label_column": _NAME,
+    "seed": ("a whole number from 0 to 2**32 - 1", _whole_to(2**32 - 1)),
     "on_error": _one_of("raise", "skip"),
-    "dataloader_num_workers": _NOT_NEGATIVE,
+    "dataloader_num_workers": ("a whole number, 0 or more", _whole_to(math.inf)),
     "disable_tqdm": _FLAG,
     "logging_steps": _WHOLE,
     "output_dir": _FOLDER,
@@ -94,6 +100,7 @@ _RULES: dict[str, Rule] = {
 }
 
 _OPTIONAL = {"layerwise_lr_decay", "class_weights", "ema_decay", "image_size", "output_dir", "save_total_limit"}
+_OPTIONAL |= {"image_column", "label_column"}
 _OPTIONAL |= {"early_stopping_patience", "trunk_cache", "trunk_cache_max_gb", *RECIPES["masked"]}
 
 
@@ -127,6 +134,8 @@ class TrainingConfig:
             each step; None for the values themselves.
         mixed_precision: "no", "bf16" or "fp16"; None for what `accelerate launch` was told, "no" without it.
         image_size: Height and width in pixels to train at, in place of the processor's; positions are interpolated.
+        image_column: The column of images of a `datasets.Dataset`; None for `image`, or the only one of that type.
+        label_column: The column of labels; None for `label` or `labels`, or the only one of that type.
         on_error: "raise" at an image that cannot be read, or "skip" it.
         dataloader_num_workers: Processes that read images; 0 for none beside this one.
         seed: Of the order of the images and of everything random in training.
@@ -174,6 +183,8 @@ class TrainingConfig:
     ema_decay: float | None = None
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     image_size: int | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     on_error: Literal["raise", "skip"] = "raise"
     dataloader_num_workers: int = 0
     seed: int = 42
@@ -199,6 +210,11 @@ class TrainingConfig:
             value = getattr(self, name)
             if not holds(value) and not (value is None and name in _OPTIONAL):
                 raise ConfigError(f"{name}: got {value!r}, expected {expected}")
+
+    def with_columns(self, image: str | None, label: str | None) -> TrainingConfig:
+        """The same settings, with the columns that are given in place of theirs."""
+        given = {"image_column": image, "label_column": label}
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
 
     def for_mode(self, masked: bool) -> TrainingConfig:
         """The same settings, with those that were left to the mode filled in."""

@@ -78,16 +78,6 @@ def is_sharding(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def prepare_to_evaluate(accelerator: Accelerator, model: TunedModel, loader: Any) -> tuple[Any, Any]:
-    """What Accelerate makes of a model and a loader of batches where there is no optimizer."""
-    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        return accelerator.prepare(model, loader)
-    # These prepare no model without an optimizer, so each device has the whole one.
-    model.to(accelerator.device)
-    model.forward = accelerator.autocast()(model.forward)
-    return model, accelerator.prepare_data_loader(loader)
-
-
 def _has_stage_3(accelerator: Accelerator) -> bool:
     """Whether DeepSpeed is to shard all parameters."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..data import Augmentation, Collator, Mixing, as_items, mixing
+from ..backbones import Backbone
+from ..data import Augmentation, Collator, Items, Mixing, as_items, mixing
 from ..errors import ConfigError
 from ..models import TunedModel
+from ..tasks import check_images
 from ..trunk_cache import CacheSettings, cached_dataset
 from .config import TrainingConfig
 from .distribution import settle
@@ -53,6 +60,48 @@ def make_accelerator(config: TrainingConfig, *, tracking: bool = False) -> Accel
     return accelerator
 
 
+@contextmanager
+def borrowed_state() -> Iterator[None]:
+    """Within, accelerators can be made; afterwards those that there were before find all as it was.
+
+    All accelerators of a process share what they know: their precision, how many gradients they accumulate, and which
+    loader is read.
+    """
+    kept = [(kind, dict(kind._shared_state)) for kind in (AcceleratorState, GradientState)]
+    made = bool(AcceleratorState._shared_state)
+    try:
+        yield
+    finally:
+        for kind, before in kept:
+            if made:
+                kind._shared_state.clear()
+                kind._shared_state.update(before)
+
+
+def check_folders(config: TrainingConfig) -> None:
+    """Try the folders that a run will write to, and leave them as they were.
+
+    Raises:
+        ConfigError: One is a file, or cannot be written to.
+    """
+    for name in ("output_dir", "trunk_cache"):
+        folder = getattr(config, name)
+        if folder is None:
+            continue
+        path = Path(folder).absolute()
+        new = [each for each in (path, *path.parents) if not each.exists()]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            raise ConfigError(f"{name}: got {str(folder)!r}, where nothing can be written: {error}") from error
+        finally:
+            for each in new:
+                with suppress(OSError):  # not there, or another process has begun to write
+                    each.rmdir()
+
+
 def release(accelerator: Accelerator, prepared: nn.Module) -> None:
     """Take off a model what Accelerate put on it, with the mark that keeps the next accelerator from preparing it."""
     model = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
@@ -79,11 +128,11 @@ def make_loader(
         order: To train: what gives each epoch a new order. None to evaluate, in the data set's own order.
         augment: What changes the images; None for nothing, as always to evaluate.
     """
-    items = as_items(dataset, model.processor, config.image_size, config.on_error, augment)
+    items = make_items(model, dataset, config, augment)
     collator: Any = Collator(len(model.task.labels))
     if config.trunk_cache is not None:
-        versions = 1 if augment is None else int(config.trunk_cache_versions)
-        items, collator = cached_dataset(model, items, cache_settings(config), accelerator, versions=versions)
+        versions = 1 if augment is None else min(int(config.trunk_cache_versions), _epochs(items, config, accelerator))
+        items, collator = cached_dataset(model, items, cache_settings(model, config), accelerator, versions=versions)
     return DataLoader(
         items,
         batch_size=config.per_device_eval_batch_size if order is None else config.per_device_train_batch_size,
@@ -92,6 +141,46 @@ def make_loader(
         collate_fn=collator,
         num_workers=config.dataloader_num_workers,
     )
+
+
+def make_items(model: TunedModel, dataset: Any, config: TrainingConfig, augment: Augmentation | None = None) -> Items:
+    """A data set as a model takes it (see `memtune.fit`).
+
+    Raises:
+        InputError: It is no such data set, or a label is wrong.
+    """
+    return as_items(
+        dataset,
+        model.processor,
+        config.image_size,
+        config.on_error,
+        augment,
+        labels=model.task.labels,
+        channels=Backbone(model.backbone).channels,
+        image_column=config.image_column,
+        label_column=config.label_column,
+    )
+
+
+def check_items(model: TunedModel, items: Items, config: TrainingConfig) -> tuple[int, int]:
+    """Take one item of a data set the way that all will go, as far as the model; gives the size of its image in pixels.
+
+    Raises:
+        InputError: The item is none that the model takes.
+    """
+    item = items.version(0, 0)
+    batch = Collator(len(model.task.labels))([item])
+    interpolate = config.image_size is not None or model.task.image_size is not None
+    images = check_images(batch["pixel_values"], Backbone(model.backbone), interpolate=interpolate)
+    return images.shape[2], images.shape[3]
+
+
+def _epochs(items: Items, config: TrainingConfig, accelerator: Accelerator) -> int:
+    """How many epochs a run has, as far as it is known before its loader is."""
+    if config.max_steps <= 0:
+        return max(1, math.ceil(config.num_train_epochs))
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    return math.ceil(config.max_steps * batch / len(items)) + 1
 
 
 def make_augmentation(config: TrainingConfig) -> Augmentation | None:
@@ -130,7 +219,7 @@ def make_mixing(config: TrainingConfig, classes: int) -> Mixing | None:
     return mixing(classes, mixup_alpha=config.mixup_alpha, cutmix_alpha=config.cutmix_alpha)
 
 
-def cache_settings(config: TrainingConfig) -> CacheSettings:
+def cache_settings(model: TunedModel, config: TrainingConfig) -> CacheSettings:
     """The settings of a run's trunk cache."""
     assert config.trunk_cache is not None
     return CacheSettings(
@@ -138,7 +227,7 @@ def cache_settings(config: TrainingConfig) -> CacheSettings:
         dtype=config.trunk_cache_dtype,
         max_gb=config.trunk_cache_max_gb,
         precision=config.mixed_precision or "no",
-        interpolate=config.image_size is not None,
+        interpolate=config.image_size is not None or model.task.image_size is not None,
         batch_size=config.per_device_train_batch_size,
         workers=config.dataloader_num_workers,
         quiet=config.disable_tqdm,

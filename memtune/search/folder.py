@@ -104,8 +104,19 @@ class SweepFolder:
             if begun.params.keys() == self._space.distributions.keys():
                 return self._space.values(begun.params)
             self._study.tell(begun.number, state=states.FAIL)  # killed while it was made
-        self._study.sampler = self._next_sampler(done)
+        self._study.sampler = self._next_sampler(done + len(self._given_up()))
         return self._space.values(self._study.ask(self._space.distributions).params)
+
+    def give_up(self) -> int:
+        """Mark the trial that `ask` gave as one that cannot be trained; gives how many such there are."""
+        states = self._optuna.trial.TrialState
+        (begun,) = self._study.get_trials(deepcopy=False, states=(states.RUNNING,))
+        self._study.set_user_attr("given_up", [*self._given_up(), begun.number])
+        self._study.tell(begun.number, state=states.FAIL)
+        return len(self._given_up())
+
+    def _given_up(self) -> list[int]:
+        return self._study.user_attrs.get("given_up", [])
 
     def tell(self, accuracy: float, loss: float, seconds: float, same_as: int | None = None) -> None:
         """Keep what came of the trial that `ask` gave."""

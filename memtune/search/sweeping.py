@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 from transformers import PreTrainedModel
 
 from ..backbones import Backbone, fingerprint
-from ..data import as_items
+from ..data import as_items, class_names, digest, held_out, select
 from ..drawing import new_figure
 from ..errors import ConfigError, MemtuneError
 from ..evaluation import evaluate
@@ -32,7 +33,6 @@ from ..trunk_cache import check_cacheable
 from .folder import Sampler, SweepFolder, digest_of_numbers
 from .result import FinalRun, SweepResult
 from .space import Space, find_optuna
-from .split import class_indices, class_names, digest, held_out, select
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,8 @@ def sweep(
         InputError: A data set is wrong.
         BackboneMismatchError: `output_dir` holds a search on another backbone.
         CheckpointError: `output_dir` is damaged.
-        MemtuneError: Optuna or matplotlib is not installed.
+        MemtuneError: Optuna or matplotlib is not installed, or as many settings as `n_trials` could not be trained:
+            a setting that diverges or for which there is not enough memory on a device is left out.
     """
     find_optuna()
     new_figure()  # both are asked for now, and not after hours
@@ -94,9 +95,11 @@ def sweep(
     _check_counts(n_trials, seeds)
     several = config if isinstance(config, Sequence) and not isinstance(config, str) else [config]
     chosen = Space(space, training, [as_config(each) for each in several])
-    items = as_items(train_dataset, processor, None, "skip")
-    classes = class_indices(items)
-    names = labels if labels is not None else class_names(train_dataset)
+    names = labels if labels is not None else class_names(train_dataset, training.label_column)
+    columns = {"image_column": training.image_column, "label_column": training.label_column}
+    options = {"channels": Backbone(backbone).channels, **columns}
+    items = as_items(train_dataset, processor, None, "skip", labels=names, **options)
+    classes = items.labels()
     names = check_label_names(names, None if names is not None else max(classes) + 1)
     _check_training(training, len(names))
     places = held_out(classes, validation, training.seed)
@@ -108,7 +111,9 @@ def sweep(
         "train_images": len(classes),
         "train_data": [digest_of_numbers(classes), digest(items)],
         "eval_images": None if eval_dataset is None else len(eval_dataset),
-        "eval_data": None if eval_dataset is None else digest(as_items(eval_dataset, processor, None, "skip")),
+        "eval_data": None
+        if eval_dataset is None
+        else digest(as_items(eval_dataset, processor, None, "skip", labels=names, **options)),
         "dtype": str(backbone.dtype),
     }
     make_accelerator(training)  # which finds the other processes, where there are some
@@ -194,12 +199,22 @@ class _Search:
             trials = _from_main(lambda: self._folder.result().trials)
             same = next((each for each in trials if each.values == values), None)
             if same is None:
-                scores: dict[str, Any] = self._runs.run(values, seed, train, validation)
+                try:
+                    scores: dict[str, Any] = self._runs.run(values, seed, train, validation)
+                except (MemtuneError, torch.OutOfMemoryError) as error:
+                    self._give_up(values, error, n_trials)
+                    continue
             else:  # the seed is the same, so the outcome would be
                 first = same.number if same.same_as is None else same.same_as
                 scores = {"accuracy": same.accuracy, "loss": same.loss, "seconds": 0.0, "same_as": first}
             _from_main(lambda scores=scores: self._keep_trial(scores))
             logger.info("trial %d of %d: accuracy %.4f with %s", len(trials) + 1, n_trials, scores["accuracy"], values)
+
+    def _give_up(self, values: Mapping[str, Any], error: Exception, most: int) -> None:
+        """Go on after a setting that cannot be trained, unless as many as there are trials cannot."""
+        logger.warning("a setting is left out, as it cannot be trained: %s: %s", values, error)
+        if _from_main(lambda: self._folder.give_up()) >= most:  # noqa: PLW0108 - only the main process has a folder
+            raise MemtuneError(f"{most} settings could not be trained; the last was {dict(values)}: {error}") from error
 
     def train_best(self, train: Any, test: Any, seeds: Sequence[int]) -> SweepResult:
         """Run the best setting with each seed that it has not been run with, and give the result."""

@@ -13,6 +13,7 @@ from .card import CardDetails as CardDetails
 from .card import public_name as public_name
 from .collection import read_index as read_index
 from .collection import write_collection as write_collection
+from .decoding import decode as decode
 from .hub import find_collection as find_collection
 from .hub import find_folder as find_folder
 from .hub import list_adapters as list_adapters
@@ -23,4 +24,4 @@ from .peft_folder import PEFT_CONFIG_NAME as PEFT_CONFIG_NAME
 from .peft_folder import PEFT_PREFIX as PEFT_PREFIX
 from .peft_folder import PEFT_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from .peft_folder import write_peft_folder as write_peft_folder
-from .processors import takes_size as takes_size
+from .processors import sized as sized

@@ -62,6 +62,7 @@ class AdapterFolder:
         processor: The image processor, or None.
         backbone_head: Whether the backbone's own head reads the adapted tower.
         random_features: What the task's head reads, made of the feature; None for the feature itself.
+        image_size: Height and width in pixels that it was trained at, where they are not the backbone's; else None.
     """
 
     path: Path
@@ -74,6 +75,7 @@ class AdapterFolder:
     processor: Any
     backbone_head: bool
     random_features: RandomFeatures | None
+    image_size: tuple[int, int] | None
 
 
 def write_folder(
@@ -95,11 +97,16 @@ def write_folder(
         details: What the card says beyond the adapter.
 
     Raises:
-        CheckpointError: The path is a file.
+        CheckpointError: The path is a file, or a value is not finite.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"got {folder}, which is a file; an adapter is saved as a folder")
+    if wrong := [key for key, tensor in task.tensors().items() if not tensor.isfinite().all()]:
+        raise CheckpointError(
+            f"{wrong[0]} has values that are not finite, as {len(wrong)} of the adapter's tensors have: it would not "
+            f"be loaded again, so nothing is written to {folder}"
+        )
     backbone = Backbone(model)
     config = {
         "format_version": FORMAT_VERSION,
@@ -117,6 +124,8 @@ def write_folder(
     }
     if task.random_features is not None:
         config["random_features"] = task.random_features.to_dict()
+    if task.image_size is not None:
+        config["image_size"] = list(task.image_size)
     if task.backbone_head:
         config["head"] = BACKBONE_HEAD
         config["backbone"]["head_fingerprint"] = head_fingerprint(backbone)
@@ -166,6 +175,7 @@ def read_folder(folder: str | Path) -> AdapterFolder:
         processor,
         config.get("head") == BACKBONE_HEAD,
         _read_random_features(config, folder),
+        _read_image_size(config, folder),
     )
 
 
@@ -215,6 +225,15 @@ def _read_random_features(config: Mapping[str, Any], folder: Path) -> RandomFeat
         raise CheckpointError(f"{folder / CONFIG_NAME}: random_features is {values!r}: {error}") from error
 
 
+def _read_image_size(config: Mapping[str, Any], folder: Path) -> tuple[int, int] | None:
+    size = config.get("image_size")
+    if size is None:
+        return None
+    if not isinstance(size, list) or len(size) != 2 or not all(type(each) is int and 0 < each < 2**16 for each in size):
+        raise CheckpointError(f"{folder / CONFIG_NAME}: image_size is {size!r}, expected height and width in pixels")
+    return size[0], size[1]
+
+
 def _read_processor(folder: Path) -> Any:
     path = current(folder, PROCESSOR_NAME)
     try:
@@ -251,6 +270,7 @@ def make_task(folder: AdapterFolder, backbone: Backbone, known: Mapping[str, Tas
         random_features=folder.random_features,
     )
     task.load_tensors(folder.tensors)
+    task.image_size = folder.image_size
     return task
 
 

@@ -51,6 +51,8 @@ def write_collection(
         CheckpointError: The path is a file, or what is there is damaged.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"got {folder}, which is a file; a model of many tasks is saved as a folder")
     before = set(read_index(folder).values()) if current(folder, INDEX_NAME).is_file() else set()
     folders = _folder_names(tasks)
     for task_name, task in tasks.items():

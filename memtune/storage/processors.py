@@ -7,16 +7,45 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from PIL import Image
 from transformers import AutoImageProcessor
+
+from ..errors import InputError
 
 PROCESSOR_NAME = "preprocessor_config.json"
 
 _OF_TIMM = "TimmWrapperImageProcessor"
 
 
-def takes_size(processor: Any) -> bool:
-    """Whether an image processor can be told the size of its images: not the one for timm's models."""
-    return type(processor).__name__ != _OF_TIMM
+def sized(processor: Any, pixels: int) -> Any:
+    """An image processor like another one that makes square images of a size, its crop and its margin in proportion.
+
+    Raises:
+        InputError: It cannot make images of that size.
+    """
+    kind = type(processor).__name__
+    refusal = f"image_size: got {pixels}, but {kind} makes no images of {pixels} x {pixels} pixels"
+    if kind == _OF_TIMM:
+        raise InputError(f"{refusal}: it has a size of its own; make it with another input_size, or take another one")
+    values = processor.to_dict()
+    size, crop = dict(values.get("size") or {}), dict(values.get("crop_size") or {})
+    square = {"height": pixels, "width": pixels}
+    if values.get("do_center_crop") and crop:
+        before = crop.get("height") or crop.get("shortest_edge") or pixels
+        values["crop_size"] = square
+        values["size"] = {name: round(edge * pixels / before) for name, edge in size.items() if edge}
+    elif values.get("crop_pct") and "shortest_edge" in size:
+        values["size"] = {"shortest_edge": pixels}
+    else:
+        values["size"] = square
+    try:
+        made = type(processor).from_dict(values)
+        shape = tuple(made(Image.new("RGB", (2 * pixels, 3 * pixels)), return_tensors="pt").pixel_values.shape[-2:])
+    except Exception as error:
+        raise InputError(f"{refusal}: {error}") from error
+    if shape != (pixels, pixels):
+        raise InputError(f"{refusal}, but of {shape[0]} x {shape[1]}; pass a processor that does to wrap")
+    return made
 
 
 def save_processor(processor: Any, folder: Path) -> None:

@@ -10,6 +10,7 @@ from .checks import check_label_names as check_label_names
 from .checks import check_label_range as check_label_range
 from .checks import check_labels as check_labels
 from .checks import check_task_names as check_task_names
+from .checks import interpolates as interpolates
 from .heads import RandomFeatureHead as RandomFeatureHead
 from .heads import RandomFeatures as RandomFeatures
 from .lanes import AdaptedLane as AdaptedLane

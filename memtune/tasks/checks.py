@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,30 @@ def check_images(images: Any, backbone: Backbone, *, interpolate: bool) -> Tenso
     if problem := backbone.family.refuses_size(backbone.tower, images.shape[2], images.shape[3]):
         raise InputError(f"pixel_values: got {images.shape[2]} x {images.shape[3]} pixels, {problem}")
     return images
+
+
+def interpolates(images: Any, trained: Mapping[str, tuple[int, int]], *, asked: bool) -> bool:
+    """Whether positions are to be interpolated for images.
+
+    Args:
+        images: Those that were given.
+        trained: The size in pixels that each task was trained at; nothing where all were at the backbone's.
+        asked: Whether the caller asks for it, and so takes images of any size.
+
+    Raises:
+        InputError: A task was trained at another size than the images have.
+    """
+    if asked or not trained or not isinstance(images, Tensor) or images.ndim != 4:
+        return asked
+    size = tuple(images.shape[2:])
+    if others := {name: each for name, each in trained.items() if each != size}:
+        name, (height, width) = next(iter(others.items()))
+        of = f"task {name!r}" if name else "this adapter"
+        raise InputError(
+            f"pixel_values: got {size[0]} x {size[1]} pixels, but {of} was trained at {height} x {width}: use its own "
+            "processor, or pass interpolate_pos_encoding=True to take any size"
+        )
+    return True
 
 
 def check_labels(labels: Any, batch: int, classes: int) -> None:

@@ -28,6 +28,7 @@ class Task(nn.Module):
         masked: Whether the task runs in a task stream.
         extends: Earlier tasks, by name, that the task reads.
         backbone_head: Whether the backbone's own head reads the adapted tower.
+        image_size: Height and width in pixels that it was trained at, where they are not the backbone's; else None.
 
     Args:
         configs: One configuration for each method.
@@ -59,6 +60,7 @@ class Task(nn.Module):
             _check_backbone_head(backbone, masked)
         _check_backbone(configs, backbone, masked, images_alone=not backbone_head)
         self.backbone_head = backbone_head
+        self.image_size: tuple[int, int] | None = None
         self.extends = dict(extends or {})  # no submodules: they are other tasks' to train, save and count
         self.labels = list(labels)
         self.masked = masked

@@ -67,6 +67,7 @@ class BestValues:
     Attributes:
         tensors: The values, as `Task.tensors` gives them; None before the first evaluation.
         waited: Evaluations since then.
+        scores: Those of that evaluation; none before the first.
 
     Args:
         metric: "accuracy" or "loss".
@@ -76,21 +77,21 @@ class BestValues:
         self.tensors: dict[str, Tensor] | None = None
         self.waited = 0
         self._metric = metric
-        self._score: float | None = None
+        self.scores: dict[str, float] = {}
 
     def update(self, scores: dict[str, float], task: Task) -> None:
         """Take an evaluation in, and the task's values if it is the best one."""
-        score = scores[self._metric]
-        better = self._score is None or (score > self._score if LARGER_IS_BETTER[self._metric] else score < self._score)
+        score, best = scores[self._metric], self.scores.get(self._metric)
+        better = best is None or (score > best if LARGER_IS_BETTER[self._metric] else score < best)
         self.waited = 0 if better else self.waited + 1
         if better:
-            self._score = score
+            self.scores = dict(scores)
             self.tensors = {key: tensor.detach().clone() for key, tensor in task.tensors().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes."""
-        return {"tensors": self.tensors, "waited": self.waited, "score": self._score}
+        return {"tensors": self.tensors, "waited": self.waited, "scores": self.scores}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
-        self.tensors, self.waited, self._score = state["tensors"], state["waited"], state["score"]
+        self.tensors, self.waited, self.scores = state["tensors"], state["waited"], state["scores"]

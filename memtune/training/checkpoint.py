@@ -10,6 +10,7 @@ A folder gets its name when it is whole: a process killed meanwhile leaves no ha
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -95,6 +96,17 @@ class RunCheckpoints:
         if asked and not checkpoints:
             logger.warning("%s has no checkpoint to go on from: the run starts at its beginning", self._folder)
         return checkpoints[-1] if checkpoints else None
+
+    def set_aside(self) -> None:
+        """Before a new run: take the checkpoints of another one out of its way, into a folder `previous-<n>`."""
+        if self._accelerator.is_main_process and (checkpoints := self.all()):
+            number = next(each for each in itertools.count(1) if not (self._folder / f"previous-{each}").exists())
+            place = self._folder / f"previous-{number}"
+            place.mkdir()
+            for checkpoint in checkpoints:
+                checkpoint.rename(place / checkpoint.name)
+            logger.warning("%s has checkpoints of another run, which are moved to %s", self._folder, place)
+        self._accelerator.wait_for_everyone()
 
     def load(self, path: Path) -> dict[str, Any]:
         """Bring what Accelerate prepared to where a checkpoint is.

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 from tqdm.auto import tqdm
 
+from ..data import IGNORED
 from ..errors import InputError
 from ..models import TunedModel
-from ..preparation import TrainingConfig, make_accelerator, make_loader, prepare_to_evaluate, release
+from ..preparation import TrainingConfig, borrowed_state, check_items, make_accelerator, make_items, make_loader
 from ..tasks import RandomFeatureHead
 from ..trunk_cache import check_cacheable, to_pass
 
@@ -172,20 +173,19 @@ def read_features(model: TunedModel, dataset: Any, config: TrainingConfig) -> tu
     """
     if config.trunk_cache is not None:
         check_cacheable(model)
-    accelerator = make_accelerator(config)
-    prepared, loader = prepare_to_evaluate(accelerator, model, make_loader(model, dataset, config, accelerator))
-    model.eval()
-    quiet = config.disable_tqdm or not accelerator.is_main_process
     features, labels = [], []
-    try:
+    with borrowed_state():
+        accelerator = make_accelerator(config)
+        items = make_items(model, dataset, config)
+        check_items(model, items, config)
+        loader: Any = accelerator.prepare_data_loader(make_loader(model, items, config, accelerator))
+        model.to(accelerator.device).eval()
+        quiet = config.disable_tqdm or not accelerator.is_main_process
         for batch in tqdm(loader, disable=quiet, unit="batch", desc="features"):
-            read, found = accelerator.gather_for_metrics(
-                (_features(model, accelerator, batch, config), batch["labels"])
-            )
-            features.append(read.cpu())
-            labels.append(found.cpu())
-    finally:
-        release(accelerator, prepared)
+            read = _features(model, accelerator, batch, config)
+            read, found = accelerator.gather_for_metrics((read, batch["labels"]))
+            features.append(read[found != IGNORED].cpu())
+            labels.append(found[found != IGNORED].cpu())
     whole = torch.cat(features)
     if not whole.isfinite().all():
         wrong = (~whole.isfinite().all(dim=1)).nonzero().flatten().tolist()

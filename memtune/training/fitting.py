@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from ..backbones import Backbone
 from ..errors import ConfigError
 from ..models import TunedModel
-from ..preparation import TrainingConfig, make_accelerator, sharded
+from ..preparation import TrainingConfig, borrowed_state, check_folders, make_accelerator, sharded
+from ..storage import sized
 from ..trunk_cache import check_cacheable
 from .callbacks import TrainingCallback
 from .result import TrainingResult
@@ -31,14 +33,18 @@ def fit(
     compute_loss_func: LossFunction | None = None,
     callbacks: Sequence[TrainingCallback] = (),
     resume_from_checkpoint: bool | str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> TrainingResult:
     """Train a model's adapter.
 
     Args:
         model: The model; it is left in evaluation mode, on the device it was trained on (with FSDP and with stage 3 of
             DeepSpeed's ZeRO where it was).
-        train_dataset: A `datasets.Dataset` with the columns `image` and `label`, which go through the model's
-            processor, or any indexable data set of `{"pixel_values": (channels, height, width), "labels": int}`.
+        train_dataset: A `datasets.Dataset` of images and labels, whose images go through the model's processor; or any
+            indexable data set of `{"pixel_values": (channels, height, width), "labels": index}`, of pictures and
+            labels, or of pairs of them (docs/data.md). Where it has names of classes (ClassLabel, texts, torchvision's
+            `classes`), its labels are found among the model's by name. Images labelled -100 are left out.
         eval_dataset: The same; evaluated after each epoch.
         config: The settings.
         compute_loss_func: The loss in training, `f(outputs, labels)`, in place of cross-entropy with label smoothing
@@ -48,13 +54,16 @@ def fit(
             `config.output_dir` (where there is none yet, the run starts at its beginning). On one process the run ends
             with the values that it would have had without the interruption, bit for bit on a CPU, if a data set of
             items gives the same one for the same index and epoch (told by `set_epoch`, where it has that).
+        image_column: As in `TrainingConfig`.
+        label_column: The same.
 
     Raises:
         InputError: A data set, an image or a label is wrong.
+        MemtuneError: The run has diverged: a loss or a value is no number any more.
         ConfigError: The settings do not go together, or not with the checkpoint's run.
         CheckpointError: The checkpoint is missing or damaged.
     """
-    config = (config or TrainingConfig()).for_mode(model.task.masked)
+    config = (config or TrainingConfig()).for_mode(model.task.masked).with_columns(image_column, label_column)
     _check(model, config, eval_dataset, resume_from_checkpoint)
     set_seed(config.seed)
     compute_loss = compute_loss_func or partial(
@@ -62,19 +71,30 @@ def fit(
         label_smoothing=config.label_smoothing_factor or 0.0,
         weights=None if config.class_weights is None else torch.tensor(config.class_weights, dtype=torch.float32),
     )
-    accelerator = make_accelerator(config, tracking=True)
-    with sharded(accelerator, model) as trained:
-        run = TrainingRun(accelerator, trained, config, compute_loss, callbacks)
-        try:
-            run.prepare(train_dataset, eval_dataset, resume_from_checkpoint or False)
-            run.train()
-        finally:
-            run.close()
-    return run.result()
+    with borrowed_state():
+        accelerator = make_accelerator(config, tracking=True)
+        with sharded(accelerator, model) as trained:
+            run = TrainingRun(accelerator, trained, config, compute_loss, callbacks)
+            try:
+                run.prepare(train_dataset, eval_dataset, resume_from_checkpoint or False)
+                _record_size(model, trained, run.image_size, config)
+                run.train()
+            finally:
+                run.close()
+        return run.result()
+
+
+def _record_size(model: TunedModel, trained: TunedModel, size: tuple[int, int], config: TrainingConfig) -> None:
+    """Let the size of the images travel with what is trained on them."""
+    own = None if size == Backbone(model.backbone).image_size else size
+    model.task.image_size = trained.task.image_size = own
+    if config.image_size is not None and model.processor is not None:
+        model.processor = trained.processor = sized(model.processor, config.image_size)
 
 
 def _check(model: TunedModel, config: TrainingConfig, eval_dataset: Any, resume: Any) -> None:
     """Raise `ConfigError` if a setting needs what is not there."""
+    check_folders(config)
     if config.trunk_cache is not None:
         check_cacheable(model)
     if eval_dataset is None and (config.load_best_model_at_end or config.early_stopping_patience):

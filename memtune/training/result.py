@@ -23,6 +23,8 @@ class TrainingResult:
         log_history: For each `logging_steps` steps `step`, `epoch`, `loss` (the mean since the entry before) and
             `learning_rate`.
         steps: Steps of the optimizer.
+        scores: `accuracy` and `loss` on the evaluation's images of the values that the model has at the end; nothing
+            without an evaluation.
         seconds: The whole run, the filling of a trunk cache included; of a resumed run all its parts.
     """
 
@@ -30,6 +32,7 @@ class TrainingResult:
     log_history: list[dict[str, float]] = field(default_factory=list)
     steps: int = 0
     seconds: float = 0.0
+    scores: dict[str, float] = field(default_factory=dict)
 
     def plot(self, path: str | Path) -> None:
         """Draw the learning curves: loss by step, and loss and accuracy of the evaluations by epoch.

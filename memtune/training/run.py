@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,19 +16,24 @@ from typing import Any, TypeAlias
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..backbones import Backbone, fingerprint
+from ..data import IGNORED, Items, digest
+from ..errors import MemtuneError
 from ..evaluation import measure, run_batch
 from ..models import TunedModel
 from ..preparation import (
     TrainingConfig,
     average_gradients,
+    check_items,
     is_sharding,
     make_augmentation,
+    make_items,
     make_loader,
     make_mixing,
     release,
@@ -75,10 +80,10 @@ class TrainingRun:
         self._compute_loss = compute_loss
         self._callbacks = callbacks
         self._begun: list[TrainingCallback] = []
+        self._best = BestValues(config.metric_for_best_model)
         self._average = None if config.ema_decay is None else MovingAverage(model.task, config.ema_decay)
         self._augmentation = make_augmentation(config)
         self._mixing = make_mixing(config, len(model.task.labels))
-        self._best = BestValues(config.metric_for_best_model)
         self._checkpoints: RunCheckpoints | None = None
         self._bar = tqdm(disable=True)
         self._clock = time.perf_counter()
@@ -86,11 +91,16 @@ class TrainingRun:
     def prepare(self, train_dataset: Any, eval_dataset: Any, resume: bool | str | Path) -> None:
         """Make loaders, optimizer and schedule, and go on from a checkpoint if there is one to go on from."""
         config, accelerator, tuned = self.config, self.accelerator, self._tuned
+        train_items = make_items(tuned, train_dataset, config, self._augmentation)
+        self.image_size = check_items(tuned, train_items, config)
+        eval_items = None if eval_dataset is None else make_items(tuned, eval_dataset, config)
+        if eval_items is not None:
+            check_items(tuned, eval_items, config)
         weights = fingerprint(Backbone(tuned.backbone))  # now, while they are whole
         self._order = torch.Generator().manual_seed(config.seed)
         self.progress.order = self._order.get_state()
-        evaluation = None if eval_dataset is None else make_loader(tuned, eval_dataset, config, accelerator)
-        loader = make_loader(tuned, train_dataset, config, accelerator, order=self._order, augment=self._augmentation)
+        evaluation = None if eval_items is None else make_loader(tuned, eval_items, config, accelerator)
+        loader = make_loader(tuned, train_items, config, accelerator, order=self._order, augment=self._augmentation)
         shard(accelerator, tuned)
         prepared = accelerator.prepare(tuned, make_optimizer(tuned, config), loader)
         self.model, self._optimizer, self._loader = prepared
@@ -102,7 +112,7 @@ class TrainingRun:
             callback.on_train_begin(tuned)
             self._begun.append(callback)
         if config.output_dir is not None and (resume or config.save_strategy != "no"):
-            self._open_checkpoints(config.output_dir, len(train_dataset), weights, resume)
+            self._open_checkpoints(config.output_dir, train_items, weights, resume)
         if accelerator.log_with:
             plain = {each.name: getattr(config, each.name) for each in fields(config)}
             kept = {name: value for name, value in plain.items() if isinstance(value, (bool, int, float, str))}
@@ -110,23 +120,31 @@ class TrainingRun:
         quiet = config.disable_tqdm or not accelerator.is_main_process
         # Not smoothed, so that the time left counts what evaluations and checkpoints take.
         self._bar = tqdm(total=self.steps, initial=self.progress.step, smoothing=0, disable=quiet, unit="step")
+        seconds = self.progress.seconds
+        self._count_time()
+        self.progress.seconds = seconds  # what came before is of the run, but not of its first epoch
 
-    def _open_checkpoints(self, folder: str | Path, images: int, weights: Any, resume: bool | str | Path) -> None:
+    def _open_checkpoints(self, folder: str | Path, items: Items, weights: Any, resume: bool | str | Path) -> None:
         settings = describe_run(
             self._tuned,
             self.config,
             backbone=weights,
-            train_images=images,
+            train_images=len(items),
+            train_data=digest(items),
             processes=self.accelerator.num_processes,
         )
         self._checkpoints = RunCheckpoints(folder, self.accelerator, settings, self.config.save_total_limit)
         place = self._checkpoints.find(resume)
         if place is None:
+            self._checkpoints.set_aside()
             return
         state = self._checkpoints.load(place)
         self.progress = Progress(**state["progress"])
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            if name not in state and name.startswith("callback_"):
+                logger.warning("%s: the run had no %s, which starts anew", place, type(part).__name__)
+            else:
+                part.load_state_dict(state[name])
         if not self.accelerator.is_main_process:  # whose sums are those of all processes now
             self.progress.sums, self.progress.log_sums = torch.zeros(2), torch.zeros(2)
 
@@ -143,6 +161,7 @@ class TrainingRun:
             self._train_epoch()
         task = self._tuned.task
         with self._whole():
+            self._check_finite(torch.stack([tensor.float().sum() for tensor in task.tensors().values()]), "values")
             if self.config.load_best_model_at_end and self._best.tensors is not None:
                 task.load_tensors(self._best.tensors)
             elif self._average is not None and self.progress.step:
@@ -177,14 +196,20 @@ class TrainingRun:
         """Forward and backward over one batch, and the optimizer's step when enough of them have come."""
         if self.accelerator.step % self.config.gradient_accumulation_steps == 0:
             self._call("on_step_begin")
-        count = len(batch["labels"])
-        if self._mixing is not None:
+        kept = batch["labels"] != IGNORED
+        count = kept.sum()
+        if self._mixing is not None and count:
+            batch = {name: batch[name][kept] for name in ("pixel_values", "labels")}
             batch["pixel_values"], batch["labels"] = self._mixing(batch["pixel_values"], batch["labels"])
         with self.accelerator.accumulate(self.model):
-            loss = self._compute_loss(run_batch(self.model, batch, self.config), batch["labels"])
+            outputs = run_batch(self.model, batch, self.config)
+            assert outputs.logits is not None
+            # Of a batch without a label the mean is none, but other processes wait for its gradients.
+            loss = self._compute_loss(outputs, batch["labels"]) if count else outputs.logits.sum() * 0
             if (penalty := self._tuned.task.penalty()) is not None:
                 loss = loss + penalty
-            self.accelerator.backward(loss)
+            self._check_finite(loss.detach(), "loss")
+            self.accelerator.backward(loss * self._group_scale())
             trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             if self.accelerator.sync_gradients and is_sharding(self.accelerator):
                 average_gradients(self.accelerator, trained)
@@ -192,10 +217,26 @@ class TrainingRun:
                 self.accelerator.clip_grad_norm_(trained, self.config.max_grad_norm)
             self._optimizer.step()
             self._optimizer.zero_grad()
-        added = torch.stack([loss.detach().float() * count, torch.tensor(float(count), device=loss.device)])
+        added = torch.stack([loss.detach().float() * count, count.float()])
         progress = self.progress
         progress.sums = progress.sums.to(loss.device) + added
         progress.log_sums = progress.log_sums.to(loss.device) + added
+
+    def _group_scale(self) -> float:
+        """What makes a batch's loss count as one of those of its step: the last step of an epoch may have fewer."""
+        wanted, batches = self.config.gradient_accumulation_steps, len(self._loader)
+        first = self.progress.batches - self.progress.batches % wanted
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED  # which counts on, over epochs
+        return 1.0 if deepspeed else wanted / min(wanted, batches - first)
+
+    def _check_finite(self, values: Tensor, what: str) -> None:
+        """Raise `MemtuneError` if a run has diverged."""
+        if not values.isfinite().all():
+            raise MemtuneError(
+                f"step {self.progress.step + 1}: the {what} of the run is no number any more: it has diverged, and is "
+                f"stopped. Lower learning_rate (it is {self._learning_rate():.3g} at this step), set max_grad_norm to "
+                "1, raise warmup_ratio, or look for images whose values are not finite"
+            )
 
     def _end_step(self) -> None:
         progress = self.progress
@@ -218,7 +259,12 @@ class TrainingRun:
         loss, images = self._reduce(progress.log_sums)
         progress.log_sums = torch.zeros(2)
         epoch = len(progress.history) + progress.batches / len(self._loader)
-        entry = {"step": progress.step, "epoch": epoch, "loss": loss / images, "learning_rate": self._learning_rate()}
+        entry = {
+            "step": progress.step,
+            "epoch": epoch,
+            "loss": loss / max(images, 1),
+            "learning_rate": self._learning_rate(),
+        }
         progress.log_history.append(entry)
         self.accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=progress.step)
         self._bar.set_postfix({"epoch": f"{epoch:.2f}", "loss": f"{entry['loss']:.4g}"})
@@ -227,7 +273,11 @@ class TrainingRun:
         progress = self.progress
         loss, images = self._reduce(progress.sums)
         self._count_time()
-        entry = {"epoch": len(progress.history) + 1.0, "loss": loss / images, "learning_rate": self._learning_rate()}
+        entry = {
+            "epoch": len(progress.history) + 1.0,
+            "loss": loss / max(images, 1),
+            "learning_rate": self._learning_rate(),
+        }
         entry |= {"seconds": progress.seconds, "images_per_second": images / progress.seconds}
         if self._eval_loader is not None:
             task = self._tuned.task
@@ -275,7 +325,12 @@ class TrainingRun:
 
     def result(self) -> TrainingResult:
         """What the run did so far."""
-        return self.progress.result()
+        result = self.progress.result()
+        if self.config.load_best_model_at_end and self._best.scores:
+            return replace(result, scores=dict(self._best.scores))
+        last = result.history[-1] if result.history else {}
+        scores = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
+        return replace(result, scores=scores)
 
     def close(self) -> None:
         """End trackers and callbacks, and take off the model what Accelerate put on it."""

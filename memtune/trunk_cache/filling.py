@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from ..backbones import Backbone
-from ..data import ImageDataset
+from ..data import IGNORED, ItemDataset, Items
 from ..errors import ConfigError, InputError
 from ..models import TunedModel
 from ..tasks import check_label_range
@@ -55,8 +55,11 @@ class CachedDataset(Dataset):
     Args:
         cache: The cache.
         images: For each version, and in it for each item, the digest of its image; None for one that cannot be read and
-            is skipped.
+            is skipped: another one stands in its place, with the label that is left out.
         labels: For each item the index of its class.
+
+    Raises:
+        InputError: No image can be read.
     """
 
     def __init__(self, cache: TrunkCache, images: Sequence[str | None], labels: Sequence[int]) -> None:
@@ -64,6 +67,9 @@ class CachedDataset(Dataset):
         self._images = images
         self._labels = labels
         self._first = 0
+        self._blank = next((image for image in images if image is not None), None)
+        if self._blank is None:
+            raise InputError(f"none of the {len(labels)} images can be read")
 
     def set_epoch(self, epoch: int) -> None:
         """Go to an epoch, counted from 0, and its version; Accelerate's loaders call this at the beginning of each."""
@@ -72,10 +78,13 @@ class CachedDataset(Dataset):
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitem__(self, index: int) -> dict[str, Any] | None:
-        """Where the entry is as `trunk`, and the label as `labels`; None for an image that is skipped."""
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Where the entry is as `trunk`, and the label as `labels`."""
         image = self._images[self._first + index]
-        return None if image is None else {"trunk": self._cache.path(image), "labels": self._labels[index]}
+        if image is None:
+            assert self._blank is not None
+            return {"trunk": self._cache.path(self._blank), "labels": IGNORED}
+        return {"trunk": self._cache.path(image), "labels": self._labels[index]}
 
 
 class CachedCollator:
@@ -89,14 +98,11 @@ class CachedCollator:
         self._classes = classes
         self._reader = BatchReader()
 
-    def __call__(self, items: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
-        """One batch; items that are None are left out."""
-        found = [item for item in items if item is not None]
-        if not found:
-            raise InputError(f"none of the {len(items)} images of a batch can be read")
-        labels = torch.as_tensor([item["labels"] for item in found])
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """One batch."""
+        labels = torch.as_tensor([item["labels"] for item in items])
         check_label_range(labels, self._classes)
-        return {"labels": labels, "trunk": self._reader.read([item["trunk"] for item in found])}
+        return {"labels": labels, "trunk": self._reader.read([item["trunk"] for item in items])}
 
 
 def check_cacheable(model: TunedModel) -> None:
@@ -111,7 +117,7 @@ def check_cacheable(model: TunedModel) -> None:
 
 
 def cached_dataset(
-    model: TunedModel, items: Any, settings: CacheSettings, accelerator: Accelerator, *, versions: int = 1
+    model: TunedModel, items: Items, settings: CacheSettings, accelerator: Accelerator, *, versions: int = 1
 ) -> tuple[CachedDataset, CachedCollator]:
     """The data set of a trunk cache for one of images, after all that the cache lacks of it has been computed.
 
@@ -139,29 +145,40 @@ def cached_dataset(
     return CachedDataset(cache, found, labels), CachedCollator(len(model.task.labels))
 
 
-def _identify(items: Any, versions: int) -> tuple[list[str | None], list[int], dict[str, Any]]:
-    """For each version and item the digest of the image, or None; for each item its label; what is done to all."""
-    if isinstance(items, ImageDataset):
-        sources = (items.source(index) for index in range(len(items)))
-        images = [None if data is None else digest_of(data) for data in sources]
-        in_order = [
-            _digest_of_version(image, items.describe(index, version))
-            for version in range(versions)
-            for index, image in enumerate(images)
-        ]
-        return in_order, items.labels(), items.transform()
-    images = []
-    labels = []
-    for index in range(len(items)):
-        item = items[index]
-        images.append(digest_of(torch.as_tensor(item["pixel_values"])))
-        labels.append(int(item["labels"]))
-    if images[0] != digest_of(torch.as_tensor(items[0]["pixel_values"])):
-        raise ConfigError(
-            "trunk_cache: the first image of the data set was another one when it was read again; random augmentation "
-            "cannot be kept. Leave the cache out, or give a data set with a fixed number of views of each image"
-        )
-    return images, labels, {"pixel_values": True}
+def _identify(items: Items, versions: int) -> tuple[list[str | None], list[int], dict[str, Any]]:
+    """For each version and item the digest of the image, or None; for each item its label; what is done to all.
+
+    Raises:
+        ConfigError: An image is another one from one reading, or one epoch, to the next.
+    """
+    if isinstance(items, ItemDataset):
+        _check_fixed(items)
+    sources = (items.source(index) for index in range(len(items)))
+    images = [None if data is None else digest_of(data) for data in sources]
+    in_order = [
+        _digest_of_version(image, items.describe(index, version))
+        for version in range(versions)
+        for index, image in enumerate(images)
+    ]
+    return in_order, items.labels(), items.transform()
+
+
+_REFUSAL = (
+    "trunk_cache: the {} of the data set was another one {}; random augmentation cannot be kept. Leave the cache out, "
+    "give a data set with a fixed number of views of each image, or use randaugment_ops with trunk_cache_versions"
+)
+
+
+def _check_fixed(items: ItemDataset) -> None:
+    """Raise `ConfigError` if the first images depend on the epoch."""
+    if not items.changes_by_epoch:
+        return
+    seen = []
+    for epoch in (1, 0):
+        items.set_epoch(epoch)
+        seen.append([items.source(index) for index in range(min(4, len(items)))])
+    if seen[0] != seen[1]:
+        raise ConfigError(_REFUSAL.format("first images", "in another epoch"))
 
 
 def _digest_of_version(image: str | None, description: str) -> str | None:
@@ -173,7 +190,7 @@ class _Filler:
     """Computes what a cache lacks."""
 
     def __init__(
-        self, model: TunedModel, items: Any, cache: TrunkCache, settings: CacheSettings, accelerator: Accelerator
+        self, model: TunedModel, items: Items, cache: TrunkCache, settings: CacheSettings, accelerator: Accelerator
     ) -> None:
         self.model = model
         self.items = items
@@ -196,7 +213,7 @@ class _Filler:
 
     def _report(self, unread: Sequence[int]) -> None:
         for place in unread:
-            self.items[place]  # raises, or warns, as without a cache
+            self.items.read(place)  # raises, or warns, as without a cache
 
     def _check_room(self, missing: Sequence[str], places: dict[str, int]) -> None:
         """Say how much will be written, and raise if there is no room for it."""
@@ -240,7 +257,10 @@ class _Filler:
         for batch in DataLoader(chosen, batch_size, collate_fn=_read, num_workers=workers, generator=generator):
             if not batch:
                 continue
-            numbers, pixel_values = zip(*batch, strict=True)
+            numbers, sources, pixel_values = zip(*batch, strict=True)
+            for number, source in zip(numbers, sources, strict=True):
+                if source != names[number]:  # an entry is of the image that was read for it, and of no other
+                    raise ConfigError(_REFUSAL.format(f"image {number % len(self.items)}", "when it was read again"))
             with self.accelerator.autocast():
                 current = self.model.trunk_pass(
                     torch.stack(pixel_values).to(self.accelerator.device),
@@ -251,15 +271,19 @@ class _Filler:
 
 
 class _Versions(Dataset):
-    """The images of a data set, version after version: each one's number and values; None for one that is skipped."""
+    """The images of a data set, version after version: each one's number, digest and values; None for one skipped."""
 
-    def __init__(self, items: Any) -> None:
+    def __init__(self, items: Items) -> None:
         self._items = items
 
-    def __getitem__(self, number: int) -> tuple[int, torch.Tensor] | None:
+    def __getitem__(self, number: int) -> tuple[int, str | None, torch.Tensor] | None:
         version, index = divmod(number, len(self._items))
-        item = self._items.version(index, version) if isinstance(self._items, ImageDataset) else self._items[index]
-        return None if item is None else (number, torch.as_tensor(item["pixel_values"]))
+        item = self._items.read(index, version)
+        if item is None:
+            return None
+        data = self._items.source_of(item, index)
+        described = self._items.describe(index, version)
+        return number, _digest_of_version(None if data is None else digest_of(data), described), item["pixel_values"]
 
 
 def _read(items: Sequence[Any]) -> list[Any]:

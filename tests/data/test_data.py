@@ -56,13 +56,16 @@ def test_an_unreadable_image_is_skipped_by_choice(folder, caplog):
     items = read(folder, on_error="skip")
     with caplog.at_level(logging.WARNING):
         batch = Collator(2)([items[index] for index in range(4)])
-    assert batch["labels"].tolist() == [0, 0, 1]
+    assert batch["labels"].tolist() == [0, 0, -100, 1]
+    assert batch["pixel_values"][2].count_nonzero() == 0
     assert "dog/0.png" in caplog.text
 
 
-def test_a_batch_with_no_readable_image(folder):
-    with pytest.raises(InputError, match="none of the 2 images"):
-        Collator(2)([None, None])
+def test_no_readable_image_at_all(folder):
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(InputError, match="none of the 4 images"):
+        read(folder, on_error="skip")[0]
 
 
 @pytest.mark.parametrize("label", [-1, 2])
@@ -73,7 +76,7 @@ def test_a_label_outside_the_range(label):
 
 def test_an_item_that_lacks_something():
     with pytest.raises(InputError, match=r"lacks \['labels'\]; it has \['pixel_values'\]"):
-        Collator(2)([{"pixel_values": torch.zeros(3, 8, 8)}])
+        as_items([{"pixel_values": torch.zeros(3, 8, 8)}], PROCESSOR, None, "raise")[0]
 
 
 def test_columns_that_are_not_there(folder):

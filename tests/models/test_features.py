@@ -167,7 +167,7 @@ def test_exported_for_peft(tmp_path: Path) -> None:
     [
         ({"head": None, "labels": ["cat"]}, "head=None: the model gives features; labels, num_labels and extends need"),
         ({"head": None, "num_labels": 2}, "head=None"),
-        ({"head": "mlp", "num_labels": 2}, "head: got 'mlp', expected 'linear', 'backbone' for its own, or None"),
+        ({"head": "mlp", "num_labels": 2}, "head: got 'mlp', expected 'linear', RandomFeatures"),
         ({}, "num_labels: got None"),
     ],
 )

@@ -18,7 +18,8 @@ import memtune
 from memtune import TrainingConfig
 from memtune.backbones.backbone import Backbone
 from memtune.errors import ConfigError, InputError, MemtuneError
-from memtune.preparation.loaders import cache_settings, make_accelerator
+from memtune.preparation.loaders import cache_settings, make_accelerator, make_items
+from memtune.storage import decode
 from memtune.streams import Trunk
 from memtune.trunk_cache.filling import cached_dataset
 from memtune.trunk_cache.reader import BatchReader
@@ -213,16 +214,15 @@ def test_images_are_neither_decoded_nor_run_again(pictures, tmp_path, passes, mo
     assert_same_weights(one, other)
     passes.clear()
 
-    def refuse(*arguments, **options):
-        raise AssertionError
-
-    monkeypatch.setattr("memtune.data.images._decode", refuse)
+    decoded = []
+    monkeypatch.setattr("memtune.data.images.decode", lambda *value: decoded.append(value) or decode(*value))
     result = train(third, pictures, tmp_path / "cache", evaluation=pictures)  # another task and method
     assert passes == []
     config = TrainingConfig(trunk_cache=tmp_path / "cache", trunk_cache_dtype="float32", disable_tqdm=True)
     scores = memtune.evaluate(third, pictures, config)
     assert scores["accuracy"] == result.history[-1]["eval_accuracy"]
     assert passes == []
+    assert len(decoded) == 3  # one image of each data set, before the first step
     assert len(entries(tmp_path / "cache")) == 10
 
 
@@ -253,7 +253,8 @@ def test_a_damaged_entry_is_computed_again(damage, tmp_path, passes):
 def test_an_entry_that_vanishes_in_a_run_is_named(tmp_path):
     train(tuned(), items(), tmp_path)
     model, config = tuned(), TrainingConfig(**QUICK, trunk_cache=tmp_path, trunk_cache_dtype="float32")
-    dataset, collator = cached_dataset(model, items(), cache_settings(config), make_accelerator(config))
+    data = make_items(model, items(), config)
+    dataset, collator = cached_dataset(model, data, cache_settings(model, config), make_accelerator(config))
     for path in entries(tmp_path):
         path.unlink()
     with pytest.raises(MemtuneError, match="has been changed during the run"):

@@ -1,4 +1,4 @@
-"""The data of a search: which training images are held out, and a digest that tells data sets apart."""
+"""Which images of a data set are held out, and a digest that tells data sets apart."""
 
 from __future__ import annotations
 
@@ -12,27 +12,11 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from ..data import ImageDataset
 from ..errors import ConfigError
+from .images import ImageDataset, Items
 
 _LOOKED_AT = 16
 """Images, evenly spread over a data set, whose contents are part of its digest."""
-
-
-def class_indices(items: Any) -> list[int]:
-    """The class of each item of what `as_items` gave; -1 for an item that is None."""
-    if isinstance(items, ImageDataset):
-        return items.labels()
-    if isinstance(items, datasets.Dataset) and "labels" in items.column_names:
-        return [int(label) for label in items.with_format(None)["labels"][:]]
-    return [-1 if item is None else int(item["labels"]) for item in (items[index] for index in range(len(items)))]
-
-
-def class_names(dataset: Any) -> Sequence[str] | None:
-    """The names of the classes, where a data set has them."""
-    features = getattr(dataset, "features", None) or {}
-    named = [each.names for name, each in features.items() if name in ("label", "labels") and hasattr(each, "names")]
-    return named[0] if named else None
 
 
 def held_out(labels: Sequence[int], validation: float | Sequence[int], seed: int) -> list[int]:
@@ -40,8 +24,8 @@ def held_out(labels: Sequence[int], validation: float | Sequence[int], seed: int
 
     Args:
         labels: The class of each image.
-        validation: A share of the images: of each class as nearly that share as whole images allow, drawn by the seed.
-            Or the places themselves.
+        validation: A share of the images: of each class as nearly that share as whole images allow, drawn by the seed,
+            and not the last one of a class. Or the places themselves.
         seed: Of the draw.
 
     Raises:
@@ -69,7 +53,8 @@ def held_out(labels: Sequence[int], validation: float | Sequence[int], seed: int
     ranks = []
     for place in np.random.default_rng(seed).permutation(total).tolist():
         label = labels[place]
-        ranks.append(((seen[label] + 0.5) / sizes[label], len(ranks), place))
+        last = seen[label] + 1 == sizes[label]  # of its class: held out only where all others are
+        ranks.append((last, (seen[label] + 0.5) / sizes[label], len(ranks), place))
         seen[label] += 1
     return sorted(place for *_, place in sorted(ranks)[:count])
 
@@ -79,22 +64,23 @@ def select(dataset: Any, places: Sequence[int]) -> Any:
     return dataset.select(places) if isinstance(dataset, datasets.Dataset) else Subset(dataset, list(places))
 
 
-def digest(items: Any) -> str | None:
-    """A text that is another one for other data, made of some images of what `as_items` gave.
+def digest(items: Items) -> str | None:
+    """A text that is another one for other data, made of all labels and of some images.
 
     None where an image is another one each time it is read: then the data cannot be told from others.
     """
+    items.set_epoch(0)
     places = sorted({round(place) for place in np.linspace(0, len(items) - 1, _LOOKED_AT)})
-    one, again = ([_content(items, place) for place in places] for _ in range(2))
-    return hashlib.sha256(b"".join(one)).hexdigest()[:16] if one == again else None
+    with torch.random.fork_rng(devices=[]):
+        one, again = ([_content(items, place) for place in places] for _ in range(2))
+    labels = items.labels() if isinstance(items, ImageDataset) else []
+    whole = b"".join(one) + repr((len(items), labels)).encode()
+    return hashlib.sha256(whole).hexdigest()[:16] if one == again else None
 
 
-def _content(items: Any, place: int) -> bytes:
+def _content(items: Items, place: int) -> bytes:
     """A digest of an image and its class."""
     if isinstance(items, ImageDataset):
         return hashlib.sha256(items.source(place) or b"").digest()
-    item = items[place]
-    if item is None:
-        return b""
-    pixels = torch.as_tensor(item["pixel_values"]).contiguous().view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(pixels + str(int(item["labels"])).encode()).digest()
+    item = items.read(place)
+    return hashlib.sha256(items.source(place) or b"").digest() + str(item and item["labels"]).encode()

@@ -1,0 +1,84 @@
+"""The one decoder: a picture from a file, bytes or an object, upright, in eight bits and the channels asked for."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..errors import InputError
+
+_BITS = (8, 10, 12, 14, 16)
+"""How many bits the values of a grey image may have; the fewest that hold its largest value are taken."""
+
+_MODES = {1: "L", 3: "RGB"}
+
+
+def decode(value: Any, channels: int = 3) -> Image.Image:
+    """The picture that a value holds, as `datasets`, torchvision or a person gives it.
+
+    Turned as its EXIF data says; of an animation the first frame; without transparency; grey values of 16 and 32 bits
+    in the range of the fewest usual bits that hold them (10, 12, 14, 16), floats in that from 0 to 1 if they lie there,
+    and in their own otherwise.
+
+    Args:
+        value: A PIL image, a path, bytes, an array, or a dictionary with `bytes` or `path`.
+        channels: 3 for RGB, 1 for grey; a picture is left in its own mode for any other number.
+
+    Raises:
+        InputError: It is none, or cannot be read.
+    """
+    try:
+        return _converted(ImageOps.exif_transpose(_opened(value)), channels)
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's readers raise errors of every kind at a file that is broken
+        raise InputError(f"cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _opened(value: Any) -> Image.Image:
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, np.ndarray):
+        return Image.fromarray(value)
+    if isinstance(value, (bytes, bytearray)):
+        value = io.BytesIO(value)
+    elif isinstance(value, (str, os.PathLike)) and value:
+        value = Path(value)
+        if not value.is_file():
+            raise InputError(f"cannot be read: {value} is no file")
+    else:
+        raise InputError(f"cannot be read: got {type(value).__name__}, expected an image, a path or bytes")
+    with Image.open(value) as image:
+        image.load()
+        return image.copy() if getattr(image, "is_animated", False) else image
+
+
+def _converted(image: Image.Image, channels: int) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_in_eight_bits(np.asarray(image)))
+    mode = _MODES.get(channels)
+    return image if mode is None or image.mode == mode else image.convert(mode)
+
+
+def _in_eight_bits(values: np.ndarray) -> np.ndarray:
+    """Grey values (height, width) of any type from 0 to 255."""
+    values = values.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise InputError("cannot be read: it has values that are not finite")
+    low, high = values.min(initial=0.0), values.max(initial=0.0)
+    whole = bool((values == np.round(values)).all())
+    if low >= 0 and not whole and high <= 1:
+        scale = 255.0
+    elif low >= 0 and high < 2 ** _BITS[-1]:
+        scale = 255 / (2 ** next(bits for bits in _BITS if high < 2**bits) - 1)
+    else:
+        values, scale = values - values.min(), 255 / max(values.max() - values.min(), 1e-30)
+    return np.clip(np.round(values * scale), 0, 255).astype(np.uint8)
