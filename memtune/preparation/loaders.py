@@ -62,18 +62,18 @@ def make_accelerator(config: TrainingConfig, *, tracking: bool = False) -> Accel
 
 @contextmanager
 def borrowed_state() -> Iterator[None]:
-    """Within, accelerators can be made; afterwards those that there were before find all as it was.
+    """Within, accelerators can be made; afterwards those that there were before, or come later, find all as it was.
 
     All accelerators of a process share what they know: their precision, how many gradients they accumulate, and which
     loader is read.
     """
     kept = [(kind, dict(kind._shared_state)) for kind in (AcceleratorState, GradientState)]
-    made = bool(AcceleratorState._shared_state)
     try:
         yield
     finally:
-        for kind, before in kept:
-            if made:
+        sharding = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # which a new state would not find again
+        if kept[0][1] or AcceleratorState._shared_state.get("distributed_type") not in sharding:
+            for kind, before in kept:
                 kind._shared_state.clear()
                 kind._shared_state.update(before)
 
