@@ -284,8 +284,8 @@ class Backbone:
         return self.family.feature(self.tower, output)
 
     def run_model(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any) -> Any:
-        """The whole model's output for images; the tower's where the model also takes text."""
-        if self.model.main_input_name != "pixel_values":
+        """The whole model's output for images; the tower's where the model takes more, text or what was decoded."""
+        if self.model.main_input_name != "pixel_values" or getattr(self.model.config, "is_encoder_decoder", False):
             return self.run_tower(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         return self.model(**self._arguments(pixel_values, interpolate_pos_encoding), **kwargs)
 

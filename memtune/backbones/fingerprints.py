@@ -19,7 +19,12 @@ from .backbone import Backbone
 
 _STRIDE = 2654435761  # Knuth's multiplicative hash: spreads the places of the samples over the tensors
 
-_ROUNDING = {"float32": (0.0, 0.0), "bfloat16": (2.0**-8, 0.0), "float16": (2.0**-11, 2.0**-24)}
+_ROUNDING = {
+    "float64": (2.0**-24, 0.0),
+    "float32": (0.0, 0.0),
+    "bfloat16": (2.0**-8, 0.0),
+    "float16": (2.0**-11, 2.0**-24),
+}
 """Relative and absolute error of a float32 value stored in a precision (float16 loses the smallest values)."""
 
 
@@ -27,10 +32,16 @@ def fingerprint(backbone: Backbone) -> dict[str, str]:
     """The fingerprint of a backbone, as JSON values.
 
     Returns:
-        `dtype`, the precision of the weights, and `values`, the samples as base64 of little-endian float32. A tensor
-        that holds no floating-point numbers (a quantised one) has NaN, which agrees with everything.
+        `dtype`, the precision of the weights, `values`, the samples of what has a role as base64 of little-endian
+        float32, and `others`, those of all else in the tower: positions, registers, scales, biases (not in adapters of
+        memtune 0.1, and not compared with those). A tensor that holds no floating-point numbers (a quantised one) has
+        NaN, which agrees with everything.
     """
-    return _sample((tensor for _, tensor in backbone.parameters_by_role()), backbone.model.dtype)
+    named = [tensor for _, tensor in backbone.parameters_by_role()]
+    known = {tensor.data_ptr() for tensor in named}
+    others = [tensor for _, tensor in sorted(backbone.tower.named_parameters()) if tensor.data_ptr() not in known]
+    sampled = _sample(named, backbone.model.dtype)
+    return sampled | ({"others": _sample(others, backbone.model.dtype)["values"]} if others else {})
 
 
 def head_fingerprint(backbone: Backbone) -> dict[str, str] | None:
@@ -55,6 +66,12 @@ def same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     Raises:
         CheckpointError: A fingerprint is damaged.
     """
+    if "others" in one and "others" in other:
+        names = ("dtype", "others")
+        (dtype, samples), (other_dtype, other_samples) = ([each.get(name) for name in names] for each in (one, other))
+        here, there = {"dtype": dtype, "values": samples}, {"dtype": other_dtype, "values": other_samples}
+        if not same_weights(here, there):
+            return False
     (a, a_dtype), (b, b_dtype) = _read(one), _read(other)
     if a.shape != b.shape:
         return False

@@ -43,6 +43,11 @@ class Result:
     exit_code: int = 0
 
 
+def visible(text: str, keep: str = "") -> str:
+    """Text that may be a stranger's, for a terminal: what is no printable character is shown by its escape."""
+    return "".join(each if each.isprintable() or each in keep else ascii(each)[1:-1] for each in text)
+
+
 def finetune(options: Namespace) -> Result:
     """Train an adapter on a folder of images, with one folder for each class, or on a data set of the Hub.
 
@@ -101,7 +106,7 @@ def _describe(values: dict[str, Any]) -> str:
         "fingerprint": values["fingerprint"]["values"][:24] + "...",
     }
     width = max(map(len, rows))
-    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+    return "\n".join(f"{name:{width}}  {visible(value)}" for name, value in rows.items())
 
 
 def predict(options: Namespace) -> Result:
@@ -134,7 +139,8 @@ def predict(options: Namespace) -> Result:
     if options.sheet:
         draw_sheet(answers, Path(options.sheet))
     rows = [
-        f"{each['image']}\t{name}\t" + ", ".join(f"{label} {probability:.3f}" for label, probability in best)
+        f"{visible(each['image'])}\t{visible(name)}\t"
+        + ", ".join(f"{visible(label)} {probability:.3f}" for label, probability in best)
         for each in answers
         for name, best in each["tasks"].items()
     ]
@@ -148,7 +154,9 @@ def _load_model(options: Namespace) -> tuple[MultiTaskModel, Any]:
     first = read_folder(find_folder(options.adapter[0][1]))
     backbone = _load_backbone(options.backbone) or load_recorded_backbone(first)
     model = combine_tasks(backbone, sources)
-    return model, shared_processor(model) or AutoImageProcessor.from_pretrained(backbone.name_or_path)
+    return model, shared_processor(model) or AutoImageProcessor.from_pretrained(
+        backbone.name_or_path, trust_remote_code=False
+    )
 
 
 def _load_backbone(name: str | None) -> PreTrainedModel | None:
@@ -156,7 +164,7 @@ def _load_backbone(name: str | None) -> PreTrainedModel | None:
     if name is None:
         return None
     try:
-        return AutoModelForImageClassification.from_pretrained(name)
+        return AutoModelForImageClassification.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--backbone: {name!r} cannot be loaded: {error}") from error
 

@@ -205,9 +205,9 @@ def build_model(args: argparse.Namespace, labels: Sequence[str]) -> TunedModel:
     """
     try:
         backbone = AutoModelForImageClassification.from_pretrained(
-            args.model_name_or_path, attn_implementation=args.attn_implementation
+            args.model_name_or_path, attn_implementation=args.attn_implementation, trust_remote_code=False
         )
-        processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+        processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--model_name_or_path: {args.model_name_or_path!r} cannot be loaded: {error}") from error
     settings = args.method_config

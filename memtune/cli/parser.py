@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import MemtuneError
 from . import commands
+from .commands import visible
 from .finetuning import add_arguments as add_finetuning
 
 _HELP = """Small trained adapters for one frozen Hugging Face vision model and many tasks.
@@ -29,6 +30,9 @@ examples:
   memtune zoo google/vit-base-patch16-224-in21k
 
 An adapter is a folder, or the id of a repository on the Hub."""
+
+
+_NEWLINE = chr(10)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -100,8 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = options.function(options)
     except MemtuneError as error:
-        print(f"memtune: {error}", file=sys.stderr)  # noqa: T201
+        print(f"memtune: {visible(str(error), keep=_NEWLINE)}", file=sys.stderr)  # noqa: T201
         return 1
     if result.text:
-        print(json.dumps(result.values, indent=2) if options.json else result.text)  # noqa: T201
+        text = json.dumps(result.values, indent=2) if options.json else visible(result.text, keep=_NEWLINE + "\t")
+        print(text)  # noqa: T201
     return result.exit_code

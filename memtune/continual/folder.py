@@ -19,7 +19,7 @@ from ..backbones import Backbone
 from ..errors import CheckpointError
 from ..models import TunedModel
 from ..preparation import TrainingConfig
-from ..storage import check_backbone, current, read_folder, replace_files
+from ..storage import check_backbone, current, read_folder, read_json, replace_files
 from ..training import check_same_run, describe_run
 from .result import ContinualResult
 
@@ -96,7 +96,7 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     """
     path = current(Path(folder), STATE_NAME)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         version, _ = values["format_version"], values["settings"]
         ContinualResult.from_dict(values["result"])
     except (OSError, ValueError, KeyError, TypeError) as error:

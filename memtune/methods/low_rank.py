@@ -16,6 +16,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from ..backbones import shadow
+from ..errors import ConfigError
 from ..streams import Stack, fit_rows, per_task
 
 _NAME = "default"
@@ -67,7 +68,13 @@ class LowRank(nn.Module):
 def _peft_layer(base: nn.Module, settings: peft.LoraConfig) -> Any:
     """The LoRA layer of `peft` for a linear layer, which may be one of bitsandbytes'."""
     options = {"r": settings.r, "lora_alpha": settings.lora_alpha, "loaded_in_8bit": True, "loaded_in_4bit": True}
-    return LoraModel._create_new_module(settings, _NAME, base, **options)
+    try:
+        return LoraModel._create_new_module(settings, _NAME, base, **options)
+    except ValueError as error:
+        raise ConfigError(
+            f"lora: got a {type(base).__module__}.{type(base).__name__} as one of the backbone's layers, which peft's "
+            "LoRA does not know; use another method, or a backbone with plain layers or those of bitsandbytes"
+        ) from error
 
 
 class _Factors:

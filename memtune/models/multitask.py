@@ -39,7 +39,7 @@ from ..tasks import (
     outside_graphs,
 )
 from .shared import SharedModel
-from .tuned import TunedModel
+from .tuned import TunedModel, drop_backbone, forgive_backbone, note_prefix
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -99,6 +99,9 @@ class MultiTaskModel(SharedModel):
         backbone.eval()
         self._processors: dict[str, Any] = {}
         self.arrangement = Arrangement.of(described, {})
+        self.register_state_dict_post_hook(drop_backbone)
+        self.register_load_state_dict_pre_hook(note_prefix)
+        self.register_load_state_dict_post_hook(forgive_backbone)
         self.eval()
 
     @property
@@ -248,6 +251,49 @@ class MultiTaskModel(SharedModel):
             access = {name: place[name] for name in ("token", "cache_dir", "local_files_only")}
             backbone = load_recorded_backbone(read_folder(next(iter(folders.values()))), **access)
         return cls(backbone)._filled(folders, any_weights)
+
+    def detach(self) -> PreTrainedModel:
+        """Give the backbone back as it was before `combine`, and end this model (see `TunedModel.detach`)."""
+        backbone = self.backbone
+        self._hold.release(backbone)
+        self._modules.clear()
+        return backbone
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, task in self.arrangement.tasks.items():
+            task.state_dict(destination=destination, prefix=f"{prefix}tasks.{name}.", keep_vars=keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        given = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *given)
+        own = f"{prefix}tasks."
+        found: dict[str, dict[str, Tensor]] = {name: {} for name in self.arrangement.tasks}
+        for key in [key for key in state_dict if key.startswith(own)]:
+            name = next((each for each in found if key.startswith(f"{own}{each}.")), None)
+            if name is None:
+                unexpected_keys.append(key)
+                continue
+            if key in unexpected_keys:
+                unexpected_keys.remove(key)
+            found[name][key.removeprefix(f"{own}{name}.")] = state_dict[key]
+        for name, task in self.arrangement.tasks.items():
+            try:
+                result = task.load_state_dict(found[name], strict=False)
+            except RuntimeError as error:
+                error_msgs.append(str(error))
+                continue
+            missing_keys += [f"{own}{name}.{key}" for key in result.missing_keys]
+            unexpected_keys += [f"{own}{name}.{key}" for key in result.unexpected_keys]
 
     def _apply(self, *arguments: Any, **options: Any) -> MultiTaskModel:
         super()._apply(*arguments, **options)

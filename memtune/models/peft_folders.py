@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
-import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,7 +16,7 @@ from transformers import PreTrainedModel
 from ..backbones import HEAD_NAME, Backbone
 from ..errors import CheckpointError, ConfigError
 from ..methods import LoraConfig, locate
-from ..storage import PEFT_CONFIG_NAME, PEFT_PREFIX, PEFT_WEIGHTS_NAME, current
+from ..storage import PEFT_CONFIG_NAME, PEFT_PREFIX, PEFT_WEIGHTS_NAME, current, read_json, read_tensors
 from ..tasks import Task, as_classifier, no_head_message
 from .tuned import TunedModel
 
@@ -74,8 +72,8 @@ def _read(folder: Path) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
             f"{folder} is no folder of PEFT's: {' and '.join(missing)} not found (files of pickles are not read)"
         )
     try:
-        values = json.loads(current(folder, PEFT_CONFIG_NAME).read_text(encoding="utf-8"))
-        tensors = safetensors.torch.load_file(current(folder, PEFT_WEIGHTS_NAME))
+        values = read_json(current(folder, PEFT_CONFIG_NAME))
+        tensors = read_tensors(current(folder, PEFT_WEIGHTS_NAME))
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from error
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":

@@ -22,6 +22,7 @@ from ..storage import (
     CardDetails,
     check_backbone,
     find_folder,
+    image_processor_of,
     load_recorded_backbone,
     make_task,
     read_folder,
@@ -95,7 +96,7 @@ class TunedModel(SharedModel):
         super().__init__()
         self.backbone = backbone = as_pretrained(backbone)
         self.task = task
-        self.processor = processor
+        self.processor = image_processor_of(processor)
         self.config: Any = copy.deepcopy(backbone.config)
         if not task.backbone_head:
             self.config.id2label = dict(enumerate(task.labels))
@@ -109,9 +110,9 @@ class TunedModel(SharedModel):
         self._renew()  # first, as it refuses a backbone that has no view
         self._hold = Hold(backbone)
         self.task.to(device=backbone.device)
-        self.register_state_dict_post_hook(_drop_backbone)
-        self.register_load_state_dict_pre_hook(_note_prefix)
-        self.register_load_state_dict_post_hook(_forgive_backbone)
+        self.register_state_dict_post_hook(drop_backbone)
+        self.register_load_state_dict_pre_hook(note_prefix)
+        self.register_load_state_dict_post_hook(forgive_backbone)
         self.train(self._hold.was_training)
 
     def _renew(self) -> _Views:
@@ -328,7 +329,13 @@ class TunedModel(SharedModel):
                 f"{type(self.backbone).__name__} does not support activation checkpointing; train without it, with "
                 "smaller batches or in mixed precision"
             )
-        self._recompute = {"kwargs": activation_checkpointing_kwargs or {"use_reentrant": False}, **options}
+        settings = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
+        if settings["use_reentrant"]:
+            raise ConfigError(
+                "use_reentrant: got True, under which nothing in a block would get a gradient, as what enters the "
+                "first one needs none; leave it out, or pass False"
+            )
+        self._recompute = {"kwargs": settings, **options}
         self._renew()
 
     def activation_checkpointing_disable(self) -> None:
@@ -454,17 +461,19 @@ class TunedModel(SharedModel):
         return tuned
 
 
-def _drop_backbone(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def drop_backbone(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """The state of a tuned model is the task's: the frozen backbone is saved by whoever owns it."""
     for key in [key for key in state if key.startswith(f"{prefix}backbone.")]:
         del state[key]
 
 
-def _note_prefix(module: Any, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
+def note_prefix(module: Any, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
+    """Keep the prefix that a state is loaded with, for `forgive_backbone`."""
     module._loaded_prefix = prefix
 
 
-def _forgive_backbone(module: Any, incompatible: Any) -> None:
+def forgive_backbone(module: Any, incompatible: Any) -> None:
+    """A state without the backbone lacks nothing."""
     frozen = f"{module._loaded_prefix}backbone."
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(frozen)]
 

@@ -24,4 +24,8 @@ from .peft_folder import PEFT_CONFIG_NAME as PEFT_CONFIG_NAME
 from .peft_folder import PEFT_PREFIX as PEFT_PREFIX
 from .peft_folder import PEFT_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from .peft_folder import write_peft_folder as write_peft_folder
+from .processors import image_processor_of as image_processor_of
 from .processors import sized as sized
+from .reading import read_json as read_json
+from .reading import read_tensors as read_tensors
+from .reading import read_together as read_together

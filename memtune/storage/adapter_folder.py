@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..backbones import Backbone, fingerprint, head_fingerprint, same_weights
 from ..errors import BackboneMismatchError, CheckpointError, ConfigError
 from ..methods import AdapterConfig, read_config
-from ..tasks import RandomFeatures, Task
+from ..tasks import RandomFeatures, Task, is_text
 from .atomic import current, replace_files
 from .card import CardDetails, write_card
 from .processors import PROCESSOR_NAME, read_processor, save_processor
+from .reading import read_json, read_tensors, read_together
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
@@ -42,6 +42,9 @@ BACKBONE_HEAD = "backbone"
 
 UPGRADES: dict[int, Callable[[dict[str, Any], dict[str, Tensor]], None]] = {}
 """For each earlier format version what makes the next one of it: it changes configuration and tensors in place."""
+
+_FOR_OTHERS = dict.fromkeys(("base_model_name_or_path", "peft_type"), "load this folder with memtune.load")
+"""What PEFT and transformers look for in a file of this name: their errors then say what to do."""
 
 _SHAPES = ("family", "depth", "widths", "heads", "patch_size", "channels")
 """What an adapter's shapes and meaning hang on; the image size may differ, as positions can be interpolated."""
@@ -109,6 +112,7 @@ def write_folder(
         )
     backbone = Backbone(model)
     config = {
+        **_FOR_OTHERS,
         "format_version": FORMAT_VERSION,
         "methods": [config.to_dict() for config in task.configs],
         "masked": task.masked,
@@ -130,14 +134,23 @@ def write_folder(
         config["head"] = BACKBONE_HEAD
         config["backbone"]["head_fingerprint"] = head_fingerprint(backbone)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in task.tensors().items()}
+    wrote_processor = _has_processor(current(folder, CONFIG_NAME))
     with replace_files(folder) as staging:
         (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         safetensors.torch.save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
         (staging / CARD_NAME).write_text(write_card(config, tensors, details), encoding="utf-8")
         if processor is not None:
             save_processor(processor, staging)
-    if processor is None:
+    if processor is None and wrote_processor:
         (folder / PROCESSOR_NAME).unlink(missing_ok=True)
+
+
+def _has_processor(path: Path) -> bool:
+    """Whether a configuration that is there says that its processor lies beside it: others' files are left alone."""
+    try:
+        return read_json(path).get("processor") is True
+    except (CheckpointError, AttributeError):
+        return False
 
 
 def read_folder(folder: str | Path) -> AdapterFolder:
@@ -151,14 +164,19 @@ def read_folder(folder: str | Path) -> AdapterFolder:
         raise CheckpointError(
             f"got {str(folder)!r}, which is no folder; expected one with {CONFIG_NAME} and {WEIGHTS_NAME}"
         )
-    missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not current(folder, name).is_file()]
+    return read_together(folder, (CONFIG_NAME, WEIGHTS_NAME, PROCESSOR_NAME), lambda: _read(folder))
+
+
+def _read(folder: Path) -> AdapterFolder:
+    missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not current(folder, name).exists()]
     if missing:
-        raise CheckpointError(f"{folder} is no adapter folder: {' and '.join(missing)} not found")
+        whose = " (it is that of a model of many tasks: use memtune.MultiTaskModel.from_pretrained)"
+        of_many = whose if current(folder, "multi_task_config.json").exists() else ""
+        raise CheckpointError(
+            f"{folder} is no adapter folder: {' and '.join(missing)} not found{of_many}; save_pretrained writes one"
+        )
     config, version = _read_json(current(folder, CONFIG_NAME))
-    try:
-        tensors = safetensors.torch.load_file(current(folder, WEIGHTS_NAME))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS_NAME} is damaged or cut short: {error}") from error
+    tensors = read_tensors(current(folder, WEIGHTS_NAME))
     for earlier in range(version, FORMAT_VERSION):
         UPGRADES[earlier](config, tensors)
     _check_entries(config, current(folder, CONFIG_NAME))
@@ -181,10 +199,7 @@ def read_folder(folder: str | Path) -> AdapterFolder:
 
 def _read_json(path: Path) -> tuple[dict[str, Any], int]:
     """The configuration, and its format version: one that this file can read."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    config = read_json(path)
     version = config.get("format_version") if isinstance(config, dict) else None
     if not isinstance(version, int):
         raise CheckpointError(f"{path} has no format_version: it was not written by memtune")
@@ -203,6 +218,11 @@ def _check_entries(config: Mapping[str, Any], path: Path) -> None:
     for name, kind in expected.items():
         if not isinstance(config.get(name), kind):
             raise CheckpointError(f"{path}: {name} is {config.get(name)!r}, expected a {kind.__name__}")
+    names, earlier = config["labels"], config["extends"]
+    if not all(isinstance(name, str) and name and is_text(name) for name in names) or len(set(names)) < len(names):
+        raise CheckpointError(f"{path}: labels are {str(names)[:200]}, expected different names")
+    if not all(isinstance(digest, str) for digest in earlier.values()):
+        raise CheckpointError(f"{path}: extends is {str(earlier)[:200]}, expected a digest for each name")
     if "head" in config and (config["head"] != BACKBONE_HEAD or config["labels"]):
         raise CheckpointError(
             f"{path}: head is {config['head']!r}, with {len(config['labels'])} labels; expected {BACKBONE_HEAD!r}, "
@@ -238,8 +258,10 @@ def _read_processor(folder: Path) -> Any:
     path = current(folder, PROCESSOR_NAME)
     try:
         return read_processor(path.parent)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is missing or damaged: {error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers' classes raise errors of every kind at settings that are wrong
+        raise CheckpointError(f"{path} is missing or damaged: {type(error).__name__}: {str(error)[:300]}") from error
 
 
 def make_task(folder: AdapterFolder, backbone: Backbone, known: Mapping[str, Task] | None = None) -> Task:
@@ -260,6 +282,7 @@ def make_task(folder: AdapterFolder, backbone: Backbone, known: Mapping[str, Tas
             "them, in one model"
         )
     earlier = {name: copy.deepcopy(by_digest[digest]) for name, digest in folder.extends.items()}
+    _check_sizes(folder)
     task = Task(
         folder.configs,
         folder.labels,
@@ -272,6 +295,20 @@ def make_task(folder: AdapterFolder, backbone: Backbone, known: Mapping[str, Tas
     task.load_tensors(folder.tensors)
     task.image_size = folder.image_size
     return task
+
+
+def _check_sizes(folder: AdapterFolder) -> None:
+    """Raise `CheckpointError` for a size that is more than all values of the tensors, before it is allocated."""
+    values = sum(tensor.numel() for tensor in folder.tensors.values())
+    sizes = [(config.method, *each) for config in folder.configs for each in vars(config).items()]
+    if folder.random_features is not None:
+        sizes.append(("random_features", "width", folder.random_features.width))
+    for method, name, size in sizes:
+        if type(size) is int and size > max(values, 1024):
+            raise CheckpointError(
+                f"{folder.path / CONFIG_NAME}: {method} has {name} {str(size)[:30]}, but all tensors together have "
+                f"{values} values: they are not of one adapter"
+            )
 
 
 def check_backbone(

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..errors import CheckpointError
+
 _COMMIT = ".memtune-commit"
 _STAGING = ".memtune-staging"
 
@@ -26,11 +28,15 @@ def replace_files(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     _finish(folder)
     staging = folder / _STAGING
+    if staging.is_symlink() or staging.is_file():
+        staging.unlink()
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
         yield staging
         for path in staging.iterdir():
+            if (folder / path.name).is_dir():
+                raise CheckpointError(f"{folder / path.name} is a folder, where a file is to be written; move it away")
             _sync(path)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -42,14 +48,19 @@ def replace_files(folder: Path) -> Iterator[Path]:
 
 def current(folder: Path, name: str) -> Path:
     """Where the valid file of that name lies, if there is one."""
-    committed = folder / _COMMIT / name
-    return committed if committed.is_file() else folder / name
+    committed = folder / _COMMIT
+    own = not committed.is_symlink() and (committed / name).is_file()  # a link is none of ours
+    return committed / name if own else folder / name
 
 
 def _finish(folder: Path) -> None:
     committed = folder / _COMMIT
+    if committed.is_symlink() or committed.is_file():
+        raise CheckpointError(f"{committed} is no folder of memtune's; delete it, and look where the folder came from")
     if committed.is_dir():
         for path in committed.iterdir():
+            if path.is_dir() or (folder / path.name).is_dir():
+                raise CheckpointError(f"{path} is no file that memtune has written; delete {committed}")
             path.replace(folder / path.name)
         committed.rmdir()
 

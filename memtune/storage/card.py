@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -259,6 +260,11 @@ def _list_labels(labels: Sequence[str]) -> str:
     return f"{shown} and {more:,} more, all in `adapter_config.json`" if more > 0 else shown
 
 
+def in_code(text: str) -> str:
+    """A name in a table: as it is if it is plain, else where it can do nothing."""
+    return text if re.fullmatch(r"[\w .-]+", text) else "`" + _one_line(text).replace("|", "\\|") + "`"
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.replace("`", "'").split())
 
@@ -273,5 +279,5 @@ def _settings(training: Any) -> dict[str, str]:
 def _table(title: str, header: tuple[str, str], rows: Mapping[str, str]) -> str:
     if not rows:
         return ""
-    lines = [f"| {name} | {value} |" for name, value in {header[0]: header[1], "---": "---", **rows}.items()]
+    lines = [f"| {in_code(name)} | {value} |" for name, value in {header[0]: header[1], "---": "---", **rows}.items()]
     return "\n".join(["", f"## {title}", "", *lines, ""])

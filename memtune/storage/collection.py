@@ -19,13 +19,17 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..tasks import Task
 from .adapter_folder import CARD_NAME, write_folder
 from .atomic import current, replace_files
-from .card import public_name
+from .card import in_code, public_name
+from .reading import read_json
 
 FORMAT_VERSION = 1
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
+"""Names that Windows gives to devices."""
+
 INDEX_NAME = "multi_task_config.json"
 
 _NAME = re.compile(r"[\w-][\w.-]*")
@@ -54,6 +58,7 @@ def write_collection(
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"got {folder}, which is a file; a model of many tasks is saved as a folder")
     before = set(read_index(folder).values()) if current(folder, INDEX_NAME).is_file() else set()
+    tasks = _in_order(tasks)
     folders = _folder_names(tasks)
     for task_name, task in tasks.items():
         write_folder(folder / folders[task_name], task, model, processors.get(task_name), name)
@@ -65,11 +70,37 @@ def write_collection(
         shutil.rmtree(folder / stale, ignore_errors=True)
 
 
+def _in_order(tasks: Mapping[str, Task]) -> dict[str, Task]:
+    """The tasks, those that others extend before these.
+
+    Raises:
+        ConfigError: A task extends one that is not among them, as it was then.
+    """
+    digests = {task.digest(): name for name, task in tasks.items()}
+    ordered: dict[str, Task] = {}
+
+    def place(name: str) -> None:
+        if name in ordered:
+            return
+        for earlier_name, earlier in tasks[name].extends.items():
+            if (other := digests.get(earlier.digest())) is None:
+                raise ConfigError(
+                    f"task {name!r} extends {earlier_name!r}, which is not in the model any more as it was: the folder "
+                    "could not be loaded. Add it again, or remove the task that extends it"
+                )
+            place(other)
+        ordered[name] = tasks[name]
+
+    for each in tasks:
+        place(each)
+    return {name: tasks[name] for name in ordered}
+
+
 def _card(tasks: Mapping[str, Task], folders: Mapping[str, str], base_model: str | None) -> str:
     """The card of the whole; each adapter has its own."""
     base_model = public_name(base_model)
     rows = [
-        f"| {name} | [`{folders[name]}`]({folders[name]}) | {' + '.join(task.methods) or 'head alone'} "
+        f"| {in_code(name)} | [`{folders[name]}`]({folders[name]}) | {' + '.join(task.methods) or 'head alone'} "
         f"| {'masked' if task.masked else 'unmasked'} | {len(task.labels) or 'features'} |"
         for name, task in tasks.items()
     ]
@@ -92,9 +123,10 @@ def _card(tasks: Mapping[str, Task], folders: Mapping[str, str], base_model: str
 def _folder_names(tasks: Iterable[str]) -> dict[str, str]:
     """A folder name for each task, its own as far as it can be one."""
     names: dict[str, str] = {}
-    taken: set[str] = set()
+    taken = {INDEX_NAME.lower(), CARD_NAME.lower(), *_RESERVED}
     for task in tasks:
-        plain = re.sub(r"[^\w.-]+", "-", task).strip(".-") or "task"
+        plain = re.sub(r"[^\w.-]+", "-", task).strip(".-")[:64].strip(".-") or "task"
+        plain = f"task-{plain}" if plain.lower().partition(".")[0] in _RESERVED else plain
         name, number = plain, 1
         while name.lower() in taken:  # file systems may not tell upper from lower case
             number += 1
@@ -111,12 +143,12 @@ def read_index(folder: str | Path) -> dict[str, str]:
         CheckpointError: The index is missing, damaged, of a newer format, or leads out of the folder.
     """
     path = current(Path(folder), INDEX_NAME)
+    if not path.exists():
+        raise CheckpointError(f"{folder} has no {INDEX_NAME}: it is no folder of a multi-task model")
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
         version, tasks = index["format_version"], index["tasks"]
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no {INDEX_NAME}: it is no folder of a multi-task model") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(

@@ -251,7 +251,12 @@ def load_recorded_backbone(
     try:
         return _repeat(
             lambda: model_class.from_pretrained(
-                name, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+                name,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                trust_remote_code=False,
+                use_safetensors=True,  # nobody's pickles
             )
         )
     except Exception as error:

@@ -11,10 +11,17 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from ..errors import InputError
+from .reading import read_json
 
 PROCESSOR_NAME = "preprocessor_config.json"
 
 _OF_TIMM = "TimmWrapperImageProcessor"
+
+
+def image_processor_of(processor: Any) -> Any:
+    """The image processor of a whole processor, which has a tokenizer too (CLIP's, say); an image processor itself."""
+    own = getattr(processor, "image_processor", None)
+    return processor if own is None else own
 
 
 def sized(processor: Any, pixels: int) -> Any:
@@ -68,9 +75,9 @@ def read_processor(folder: Path) -> Any:
         OSError: A file is missing.
         ValueError: A file is damaged.
     """
-    values = json.loads((folder / PROCESSOR_NAME).read_text(encoding="utf-8"))
+    values = read_json(folder / PROCESSOR_NAME)
     if not isinstance(values, dict) or values.get("image_processor_type") != _OF_TIMM:
-        return AutoImageProcessor.from_pretrained(folder)
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)  # no code of a stranger's runs
     missing = {"architecture", "pretrained_cfg"} - values.keys()
     if missing:
         raise ValueError(f"{sorted(missing)} not found")

@@ -29,6 +29,8 @@ def check_images(images: Any, backbone: Backbone, *, interpolate: bool) -> Tenso
         raise InputError(
             f"pixel_values: got {_describe(images)}, expected a float tensor (batch, channels, height, width)"
         )
+    if not len(images):
+        raise InputError("pixel_values: got no image; expected a batch of one or more")
     if images.shape[1] != backbone.channels:
         raise InputError(f"pixel_values: got {images.shape[1]} channels, expected {backbone.channels}")
     height, width = backbone.image_size
@@ -85,6 +87,15 @@ def check_label_range(labels: Tensor, classes: int) -> None:
         raise InputError(f"labels: got {sorted(set(wrong.tolist()))}, expected class indices from 0 to {classes - 1}")
 
 
+def is_text(value: str) -> bool:
+    """Whether a string is text that a file can hold: half of a surrogate pair is none."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_label_names(labels: Sequence[str] | None, num_labels: int | None) -> list[str]:
     """The names of a task's classes, from the names or their number.
 
@@ -96,7 +107,7 @@ def check_label_names(labels: Sequence[str] | None, num_labels: int | None) -> l
             raise ConfigError(f"num_labels: got {num_labels!r}; give labels=[...], or their number, 1 or more")
         return [f"LABEL_{index}" for index in range(num_labels)]
     names = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else []
-    if not names or not all(isinstance(name, str) and name for name in names):
+    if not names or not all(isinstance(name, str) and name and is_text(name) for name in names):
         raise ConfigError(f"labels: got {labels!r}, expected a sequence of class names")
     if len(set(names)) < len(names):
         raise ConfigError(f"labels: {sorted({name for name in names if names.count(name) > 1})} stand there twice")

@@ -173,7 +173,7 @@ class Task(nn.Module):
         """
         own = self.tensors()
         problems = [f"missing: {key}" for key in own if key not in tensors]
-        problems += [f"unexpected: {key}" for key in tensors if key not in own]
+        problems += [f"unexpected: {key if key.isprintable() else ascii(key)}" for key in tensors if key not in own]
         for key in own.keys() & tensors.keys():
             if tensors[key].shape != own[key].shape:
                 problems.append(f"{key}: got the shape {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}")

@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from ..errors import CheckpointError
-from ..storage import publish_folder, remove_folder
+from ..storage import publish_folder, read_json, remove_folder
 from .run_settings import check_same_run
 
 logger = logging.getLogger(__name__)
@@ -132,9 +132,9 @@ class RunCheckpoints:
 def _read_description(path: Path) -> dict[str, Any]:
     described = path / DESCRIPTION_NAME
     try:
-        values = json.loads(described.read_text(encoding="utf-8"))
+        values = read_json(described)
         version, _, _ = values["format_version"], values["settings"], values["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (CheckpointError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{described} is missing or damaged: {error!r}; expected a folder checkpoint-<step> of memtune.fit"
         ) from error

@@ -131,5 +131,5 @@ def test_what_cannot_be_extended() -> None:
         memtune.wrap(backbone, MemoryConfig(2), num_labels=2, extends=model)
     with pytest.raises(ConfigError, match="another backbone object"):
         memtune.wrap(other, MemoryConfig(2), num_labels=2, masked=True, extends=model)
-    with pytest.raises(ConfigError, match=r"tasks \['a'\] are all unmasked"):
+    with pytest.raises(ConfigError, match=r"tasks \['a'\] have no task tokens"):
         memtune.wrap(backbone, MemoryConfig(2), num_labels=2, masked=True, extends=model)
