@@ -224,6 +224,7 @@ class Backbone:
             "patch_size": list(self.patch_size),
             "image_size": list(self.image_size),
             "channels": self.channels,
+            **({"pooling": pooling} if (pooling := getattr(self.config, "pooling", None)) is not None else {}),
         }
 
     def parameters_by_role(self) -> Iterator[tuple[str, Tensor]]:

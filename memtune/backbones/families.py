@@ -6,6 +6,7 @@ A *tower* is the transformer inside a model (`ViTModel` in `ViTForImageClassific
 
 from __future__ import annotations
 
+import sys
 import types
 from dataclasses import replace
 from typing import Any
@@ -110,7 +111,9 @@ def _siglip_forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | N
     """SigLIP's attention with the keyword arguments that `SiglipAttention` keeps from the attention function."""
     shape = (*hidden_states.shape[:-1], -1, self.head_dim)
     query, key, value = (p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-    attend: Any = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    module: Any = sys.modules[type(self).__module__]
+    plain = module.eager_attention_forward
+    attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, plain)
     context, weights = attend(self, query, key, value, attention_mask, is_causal=False, scaling=self.scale, **kwargs)
     return self.out_proj(context.reshape(*hidden_states.shape[:-1], -1)), weights
 

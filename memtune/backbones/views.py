@@ -36,8 +36,9 @@ def shadow(module: nn.Module, _known: dict[int, nn.Module] | None = None) -> nn.
         return known[id(module)]
     if "forward" in module.__dict__:
         raise UnsupportedBackboneError(
-            f"{type(module).__name__} has had its forward method replaced on the instance (accelerate's dispatch_model "
-            "does so); memtune cannot look inside it. Wrap the model first, or load it without device_map."
+            f"{type(module).__name__} has had its forward method replaced on the instance (accelerate's offloading and "
+            "device maps do so); memtune cannot look inside it. Load it without device_map, or take that off again by "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
         )
     view = object.__new__(type(module))
     known[id(module)] = view

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from .._version import __version__
 from ..errors import MemtuneError
 from . import commands
 from .commands import visible
@@ -39,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="memtune", description=_HELP, formatter_class=text)
+    parser.add_argument("--version", action="version", version=f"memtune {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(function: Any, summary: str) -> Any:

@@ -326,10 +326,11 @@ def check_backbone(
         BackboneMismatchError: It is another one; every difference is named.
     """
     described, recorded, trained_on = backbone.describe(), folder.backbone, folder.backbone.get("name_or_path")
+    shapes = [*_SHAPES, *{"pooling"} & recorded.keys()]
     differences = [
-        f"{name}: got {described[name]}, expected {recorded.get(name)}"
-        for name in _SHAPES
-        if described[name] != recorded.get(name)
+        f"{name}: got {described.get(name)}, expected {recorded.get(name)}"
+        for name in shapes
+        if described.get(name) != recorded.get(name)
     ]
     if differences:
         raise BackboneMismatchError(

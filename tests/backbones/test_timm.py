@@ -32,7 +32,7 @@ from memtune import ApproximatedPromptConfig, CodaPromptConfig, LoraConfig, Memo
 from memtune.backbones.backbone import Backbone, as_pretrained
 from memtune.backbones.fingerprints import fingerprint, same_weights
 from memtune.backbones.fused import LinearPart
-from memtune.errors import CheckpointError, ConfigError, InputError, UnsupportedBackboneError
+from memtune.errors import BackboneMismatchError, CheckpointError, ConfigError, InputError, UnsupportedBackboneError
 from memtune.explaining.explanation import explain
 from memtune.models.export import export_program
 from memtune.streams import Trunk
@@ -244,6 +244,7 @@ def test_the_wrapper_describes_the_model(tmp_path: Path) -> None:
         "patch_size": [8, 8],
         "image_size": [32, 32],
         "channels": 3,
+        "pooling": "token",
     }
     wrapper.save_pretrained(tmp_path)
     again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
@@ -372,7 +373,9 @@ def test_training_with_a_cache_and_a_processor_of_timms(tmp_path: Path) -> None:
     settings = {"num_train_epochs": 1, "per_device_train_batch_size": 2, "disable_tqdm": True}
     config = memtune.TrainingConfig(output_dir=tmp_path / "run", trunk_cache=tmp_path / "cache", **settings)
     memtune.fit(model, dataset, dataset, config=config)
-    with pytest.raises(InputError, match="image_size: got 40, but TimmWrapperImageProcessor has a size of its own"):
+    with pytest.raises(
+        InputError, match="TimmWrapperImageProcessor makes no images of 40 x 40 pixels: it has a size of its own"
+    ):
         memtune.fit(
             model, dataset, config=memtune.TrainingConfig(output_dir=tmp_path / "no", image_size=40, **settings)
         )
@@ -432,3 +435,12 @@ def test_parts_are_refused_that_are_not_slices() -> None:
     bare.blocks[0].attn.qkv = LinearPart(nn.Linear(16, 60), 0, 48)
     with pytest.raises(UnsupportedBackboneError, match=r"in a LinearPart, expected torch.nn.Linear; a gate on"):
         memtune.wrap(bare, MemoryConfig(2), num_labels=2)
+
+
+def test_a_model_that_pools_otherwise_is_another_one(tmp_path: Path) -> None:
+    model = wrapped(VIT.build(), LoraConfig(r=2), False)
+    model.save_pretrained(tmp_path)
+    inner = VIT.build().timm_model
+    inner.reset_classifier(3, "avg")
+    with pytest.raises(BackboneMismatchError, match="pooling: got avg, expected token"):
+        memtune.load(tmp_path, backbone=inner)

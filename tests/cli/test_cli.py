@@ -161,6 +161,12 @@ def test_errors_are_one_line(
     assert "Traceback" not in output.err
 
 
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"memtune {memtune.__version__}\n"
+
+
 def test_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["predict", "a.png", "--adapter", "pets"])

@@ -376,3 +376,17 @@ def test_settings_can_be_pickled_copied_and_written_as_json_values() -> None:
     assert pickle.loads(pickle.dumps(config)) == config == copy.deepcopy(config)
     assert CodaPromptConfig.from_dict(config.to_dict()) == config
     assert CodaPromptConfig.from_dict(CodaPromptConfig().to_dict()) == CodaPromptConfig()
+
+
+@torch.no_grad()
+def test_the_query_is_that_of_the_kernel_the_backbone_is_set_to():
+    backbone = BY_NAME["siglip"].build()
+    images = BY_NAME["siglip"].images()
+    answers = []
+    for kernel in ("sdpa", "eager"):
+        backbone.set_attn_implementation(kernel)
+        torch.manual_seed(0)
+        model = memtune.wrap(backbone, CodaPromptConfig(pool_size=4, blocks=[0]), num_labels=2).eval()
+        answers.append(model(images).logits)
+        model.detach()
+    torch.testing.assert_close(*answers, atol=1e-5, rtol=1e-5)
