@@ -101,7 +101,7 @@ def _describe(values: dict[str, Any]) -> str:
         "mode": values["mode"] + (f", extends {', '.join(values['extends'])}" if values["extends"] else ""),
         "labels": f"{len(labels)}: {', '.join(labels[:8])}{more}" if labels else f"none: {none}",
         "trained values": f"{values['trained_values']:,}",
-        "backbone": f"{backbone['name_or_path'] or 'no name'} ({backbone['family']}, {backbone['depth']} blocks)",
+        "backbone": f"{backbone.get('name_or_path') or 'no name'} ({backbone['family']}, {backbone['depth']} blocks)",
         "processor": "saved with it" if values["processor"] else "none",
         "fingerprint": values["fingerprint"]["values"][:24] + "...",
     }

@@ -201,7 +201,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int]:
     """The configuration, and its format version: one that this file can read."""
     config = read_json(path)
     version = config.get("format_version") if isinstance(config, dict) else None
-    if not isinstance(version, int):
+    if type(version) is not int:
         raise CheckpointError(f"{path} has no format_version: it was not written by memtune")
     if version > FORMAT_VERSION:
         raise CheckpointError(
@@ -218,6 +218,16 @@ def _check_entries(config: Mapping[str, Any], path: Path) -> None:
     for name, kind in expected.items():
         if not isinstance(config.get(name), kind):
             raise CheckpointError(f"{path}: {name} is {config.get(name)!r}, expected a {kind.__name__}")
+    described = config["backbone"]
+    text, recorded = ("family", "model_class"), described.get("fingerprint")
+    if not all(isinstance(described.get(name), str) for name in text) or type(described.get("depth")) is not int:
+        raise CheckpointError(
+            f"{path}: backbone lacks one of family, model_class and depth, or it is no text or number"
+        )
+    if not isinstance(recorded, dict) or not all(isinstance(each, str) for each in recorded.values()):
+        raise CheckpointError(f"{path}: the backbone's fingerprint is damaged: {str(recorded)[:80]}")
+    if not isinstance(described.get("name_or_path"), (str, type(None))):
+        raise CheckpointError(f"{path}: the backbone's name_or_path is no text")
     names, earlier = config["labels"], config["extends"]
     if not all(isinstance(name, str) and name and is_text(name) for name in names) or len(set(names)) < len(names):
         raise CheckpointError(f"{path}: labels are {str(names)[:200]}, expected different names")

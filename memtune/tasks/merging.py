@@ -37,7 +37,7 @@ def merge(backbone: PreTrainedModel, task: Task) -> PreTrainedModel:
     if task.head is not None:
         task.require_head("merge", linear=True)
     classifier = None if task.head is None else as_classifier(backbone)
-    merged = copy.deepcopy(backbone if classifier is None else classifier).eval()
+    merged = copy.deepcopy(_headless(backbone, task) if classifier is None else classifier).eval()
     described = Backbone(merged)
     for adapter in task.adapters:
         adapter.merge_into(described)  # before requires_grad_, which quantised weights would refuse
@@ -54,6 +54,13 @@ def merge(backbone: PreTrainedModel, task: Task) -> PreTrainedModel:
     head.load_state_dict({"weight": weight, "bias": bias})
     described.family.put_head(merged, head.eval())
     return merged
+
+
+def _headless(backbone: PreTrainedModel, task: Task) -> PreTrainedModel:
+    """A backbone without a classifier of its own, which would answer with its own labels in place of the task's."""
+    tower = Backbone(backbone).tower
+    classifies = type(backbone) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.values()
+    return tower if task.head is not None and classifies and isinstance(tower, PreTrainedModel) else backbone
 
 
 def no_head_message(model: PreTrainedModel) -> str:

@@ -54,7 +54,7 @@ def test_the_card_names_tasks_and_no_path(hub: Hub, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "all", base_model_name="user/vit")
     text = (tmp_path / "all" / "README.md").read_text()
     assert "base_model: user/vit" in text
-    assert "| 1: lora | [`1-lora`](1-lora) | lora | unmasked | 3 |" in text
+    assert "| `1: lora` | [`1-lora`](1-lora) | lora | unmasked | 3 |" in text
     model.save_pretrained(tmp_path / "none")
     assert str(tmp_path) not in (tmp_path / "none" / "README.md").read_text()
 
