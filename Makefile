@@ -21,7 +21,7 @@ QUICKSTART := .venv/quickstart/bin/python
 ROUNDINGS := ATEN_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MEMTUNE_TEST_THREADS=2
 EXACT := tests/backbones tests/streams tests/methods tests/tasks tests/models
 
-.PHONY: help quickstart test test-fast test-exact lint format clean FORCE
+.PHONY: help quickstart test test-fast test-exact fuzz soak lint format clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -40,6 +40,12 @@ test-fast: .venv/test.stamp  ## run the tests that take seconds
 test-exact: .venv/test.stamp  ## run the exact tests with other kernels and numbers of threads
 	@for rounding in $(ROUNDINGS); do echo "$$rounding" && \
 		env $$rounding $(TEST) -m pytest -q -m "not slow or exact" -n $(WORKERS) --dist worksteal $(EXACT) $(ARGS) || exit; done
+
+fuzz: .venv/test.stamp  ## give 200,000 changed folders and files to everything that reads them (an hour)
+	$(TEST) tests/trust/fuzz.py --workers $(WORKERS) $(ARGS)
+
+soak: .venv/test.stamp  ## kill 500 saves, read 110,000 times beside a writer, share models among threads
+	$(TEST) tests/trust/soak.py $(ARGS)
 
 lint: .venv/test.stamp  ## check style, format, types, and that rooms import only rooms below
 	$(TEST) -m ruff check

@@ -120,8 +120,9 @@ class LoraConfig(AdapterConfig):
         kept = {*_READ_FROM_PEFT, *_ELSEWHERE_IN_PEFT, *_NO_SETTING_IN_PEFT}
         asked = {each.name: getattr(config, each.name) for each in fields(config) if each.name not in kept}
         other = {name: value for name, value in asked.items() if value and value != getattr(defaults, name, None)}
-        if saved := set(config.modules_to_save or ()) - {"classifier", "head"}:
-            other["modules_to_save"] = sorted(saved)
+        modules: Any = config.modules_to_save or ()
+        if isinstance(modules, (int, float)) or any(each not in ("classifier", "head") for each in modules):
+            other["modules_to_save"] = modules
         if other:
             raise ConfigError(f"peft.LoraConfig: memtune has nothing for {other}; leave these settings out")
         layers = config.layers_to_transform

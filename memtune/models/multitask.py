@@ -16,14 +16,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from ..backbones import Backbone, Hold, fingerprint, same_weights
 from ..errors import BackboneMismatchError, CheckpointError, ConfigError, InputError, MemtuneError
 from ..storage import (
+    AdapterFolder,
     CardDetails,
     check_backbone,
     find_collection,
     find_folder,
     load_recorded_backbone,
     make_task,
+    read_collection,
     read_folder,
-    read_index,
     write_collection,
 )
 from ..tasks import (
@@ -39,7 +40,7 @@ from ..tasks import (
     outside_graphs,
 )
 from .shared import SharedModel
-from .tuned import TunedModel, drop_backbone, forgive_backbone, note_prefix
+from .tuned import TunedModel, drop_backbone, forgive_backbone, refuse_backbone
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -100,7 +101,7 @@ class MultiTaskModel(SharedModel):
         self._processors: dict[str, Any] = {}
         self.arrangement = Arrangement.of(described, {})
         self.register_state_dict_post_hook(drop_backbone)
-        self.register_load_state_dict_pre_hook(note_prefix)
+        self.register_load_state_dict_pre_hook(refuse_backbone)
         self.register_load_state_dict_post_hook(forgive_backbone)
         self.eval()
 
@@ -120,6 +121,9 @@ class MultiTaskModel(SharedModel):
 
     def add_tasks(self, tasks: Mapping[str, TaskSource], *, any_weights: bool = False) -> None:
         """Add tasks (see `combine`), those that extend others after them; if one cannot be added, none is."""
+        self._add(tasks, any_weights)
+
+    def _add(self, tasks: Mapping[str, TaskSource | AdapterFolder], any_weights: bool) -> None:
         with _CHANGES:
             before, backbone = self.arrangement.tasks, Backbone(self.backbone)
             sources = TaskSources(backbone, any_weights=any_weights)
@@ -142,10 +146,10 @@ class MultiTaskModel(SharedModel):
             self.arrangement = Arrangement.of(backbone, before | added, self.arrangement)
             self._processors |= processors
 
-    def _filled(self, tasks: Mapping[str, TaskSource], any_weights: bool) -> Self:
+    def _filled(self, tasks: Mapping[str, TaskSource | AdapterFolder], any_weights: bool) -> Self:
         """This new model with its tasks; if one cannot be added, the backbone is given back as it was."""
         try:
-            self.add_tasks(tasks, any_weights=any_weights)
+            self._add(tasks, any_weights)
         except BaseException:
             self._hold.release(self.backbone)
             raise
@@ -244,13 +248,13 @@ class MultiTaskModel(SharedModel):
         place: Mapping[str, Any],
     ) -> Self:
         folder = find_collection(source, **place)
-        folders = {name: folder / task for name, task in read_index(folder).items()}
+        adapters = read_collection(folder)
         if backbone is None:
-            if not folders:
+            if not adapters:
                 raise CheckpointError(f"{folder} has no tasks that would name their backbone; pass backbone=...")
             access = {name: place[name] for name in ("token", "cache_dir", "local_files_only")}
-            backbone = load_recorded_backbone(read_folder(next(iter(folders.values()))), **access)
-        return cls(backbone)._filled(folders, any_weights)
+            backbone = load_recorded_backbone(next(iter(adapters.values())), **access)
+        return cls(backbone)._filled(adapters, any_weights)
 
     def detach(self) -> PreTrainedModel:
         """Give the backbone back as it was before `combine`, and end this model (see `TunedModel.detach`)."""
@@ -362,11 +366,11 @@ class TaskSources:
         if isinstance(source, TunedModel):
             self._check_model(source.backbone)
             return copy.deepcopy(source.task), source.processor
-        if not isinstance(source, (str, Path)):
+        if not isinstance(source, (str, Path, AdapterFolder)):
             raise ConfigError(
                 f"got {type(source).__name__}, expected an adapter folder, an adapter's id on the Hub, or a TunedModel"
             )
-        folder = read_folder(find_folder(source))
+        folder = source if isinstance(source, AdapterFolder) else read_folder(find_folder(source))
         own = None if self._any_weights else self._fingerprint
         check_backbone(folder, self._backbone, any_weights=self._any_weights, own=own)
         return make_task(folder, self._backbone, known), folder.processor

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..backbones import HEAD_NAME, Backbone
 from ..errors import CheckpointError, ConfigError
 from ..methods import LoraConfig, locate
-from ..storage import PEFT_CONFIG_NAME, PEFT_PREFIX, PEFT_WEIGHTS_NAME, current, read_json, read_tensors
+from ..storage import PEFT_CONFIG_NAME, PEFT_PREFIX, PEFT_WEIGHTS_NAME, current, read_json, read_tensors, read_together
 from ..tasks import Task, as_classifier, no_head_message
 from .tuned import TunedModel
 
@@ -57,6 +57,9 @@ def import_peft(
         roles=list(dict.fromkeys(role for _, _, role, _ in places)),
         blocks=sorted({int(index) for _, index, _, _ in places}),
     )
+    shapes = {key: tuple(tensor.shape) for key, tensor in updates.items() if key.endswith("lora_A")}
+    if wrong := [f"{key}: got the shape {shape}" for key, shape in shapes.items() if shape[:1] != (config.rank,)]:
+        raise CheckpointError(f"{', '.join(wrong)}, expected (r, width) with r={config.rank}")
     head = _fit_head(head, backbone, described.width)
     names = _labels(labels, backbone, head["head.weight"].shape[0])
     task = Task([config], names, described, masked=False)
@@ -66,14 +69,18 @@ def import_peft(
 
 def _read(folder: Path) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
     """The settings, without those that say again what the tensors' keys say, and the tensors."""
-    missing = [name for name in (PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME) if not current(folder, name).is_file()]
+    names = (PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME)
+    missing = [name for name in names if not current(folder, name).is_file()]
     if missing:
         raise CheckpointError(
             f"{folder} is no folder of PEFT's: {' and '.join(missing)} not found (files of pickles are not read)"
         )
     try:
-        values = read_json(current(folder, PEFT_CONFIG_NAME))
-        tensors = read_tensors(current(folder, PEFT_WEIGHTS_NAME))
+        values, tensors = read_together(
+            folder,
+            lambda: [current(folder, name) for name in names],
+            lambda: (read_json(current(folder, PEFT_CONFIG_NAME)), read_tensors(current(folder, PEFT_WEIGHTS_NAME))),
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from error
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
@@ -131,6 +138,8 @@ def _fit_head(head: Mapping[str, Tensor], backbone: PreTrainedModel, width: int)
     if "head.weight" not in head:
         raise CheckpointError(f"the folder has no head ({HEAD_NAME}), nor has {type(backbone).__name__}")
     weight = head["head.weight"]
+    if weight.ndim != 2:
+        raise CheckpointError(f"the head's weight has the shape {tuple(weight.shape)}, expected (classes, width)")
     if weight[:, width:].any():
         raise CheckpointError(
             f"the head reads {weight.shape[1]} values, more than the {width} of the feature that memtune's heads read"

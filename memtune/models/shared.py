@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..storage import CardDetails, make_repository, public_name, push_folder
+from ..storage import CardDetails, hub_name, make_repository, public_name, push_folder
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -142,7 +142,8 @@ class SharedModel(nn.Module, ABC):
         details = self._details(results, datasets, training)  # which refuses what is wrong before anything is made
         repo_id = make_repository(repo_id, private=private, token=token)
         details = dataclasses.replace(details, repo_id=repo_id)
-        name = public_name(base_model_name or self.backbone.name_or_path) or ""  # no path of this machine gets out
+        named = public_name(base_model_name) if base_model_name else hub_name(self.backbone)
+        name = named or ""  # no path of this machine gets out
         with TemporaryDirectory() as folder:
             self._write(folder, name, details)
             return push_folder(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -111,7 +112,7 @@ class TunedModel(SharedModel):
         self._hold = Hold(backbone)
         self.task.to(device=backbone.device)
         self.register_state_dict_post_hook(drop_backbone)
-        self.register_load_state_dict_pre_hook(note_prefix)
+        self.register_load_state_dict_pre_hook(refuse_backbone)
         self.register_load_state_dict_post_hook(forgive_backbone)
         self.train(self._hold.was_training)
 
@@ -467,9 +468,16 @@ def drop_backbone(module: nn.Module, state: dict[str, Any], prefix: str, metadat
         del state[key]
 
 
-def note_prefix(module: Any, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
-    """Keep the prefix that a state is loaded with, for `forgive_backbone`."""
+def refuse_backbone(module: Any, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
+    """The frozen backbone's values never come from a state; keeps the state's prefix, for `forgive_backbone`."""
     module._loaded_prefix = prefix
+    if given := [key for key in state if key.startswith(f"{prefix}backbone.")]:
+        drop_backbone(module, state, prefix, None)
+        warnings.warn(
+            f"the state has {len(given)} tensors of a backbone ({given[0]}, ...), which are left out: load them into "
+            "the backbone itself before it is wrapped, if they are its own",
+            stacklevel=3,
+        )
 
 
 def forgive_backbone(module: Any, incompatible: Any) -> None:

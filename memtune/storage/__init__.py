@@ -1,6 +1,7 @@
 """Folders and the Hub: adapters and collections of them as data, written at once, read with every doubt named."""
 
 from .adapter_folder import FORMAT_VERSION as FORMAT_VERSION
+from .adapter_folder import AdapterFolder as AdapterFolder
 from .adapter_folder import check_backbone as check_backbone
 from .adapter_folder import make_task as make_task
 from .adapter_folder import read_folder as read_folder
@@ -10,8 +11,9 @@ from .atomic import publish_folder as publish_folder
 from .atomic import remove_folder as remove_folder
 from .atomic import replace_files as replace_files
 from .card import CardDetails as CardDetails
+from .card import hub_name as hub_name
 from .card import public_name as public_name
-from .collection import read_index as read_index
+from .collection import read_collection as read_collection
 from .collection import write_collection as write_collection
 from .decoding import decode as decode
 from .hub import find_collection as find_collection
@@ -26,6 +28,7 @@ from .peft_folder import PEFT_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from .peft_folder import write_peft_folder as write_peft_folder
 from .processors import image_processor_of as image_processor_of
 from .processors import sized as sized
+from .reading import check_plain as check_plain
 from .reading import read_json as read_json
 from .reading import read_tensors as read_tensors
 from .reading import read_together as read_together

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,9 @@ from transformers import PreTrainedModel
 from ..backbones import Backbone, fingerprint, head_fingerprint, same_weights
 from ..errors import BackboneMismatchError, CheckpointError, ConfigError
 from ..methods import AdapterConfig, read_config
-from ..tasks import RandomFeatures, Task, is_text
+from ..tasks import RandomFeatures, Task
 from .atomic import current, replace_files
-from .card import CardDetails, write_card
+from .card import CardDetails, hub_name, public_name, write_card
 from .processors import PROCESSOR_NAME, read_processor, save_processor
 from .reading import read_json, read_tensors, read_together
 
@@ -42,6 +43,9 @@ BACKBONE_HEAD = "backbone"
 
 UPGRADES: dict[int, Callable[[dict[str, Any], dict[str, Tensor]], None]] = {}
 """For each earlier format version what makes the next one of it: it changes configuration and tensors in place."""
+
+_CARD_MARK = "library_name: memtune"
+"""What stands in every card."""
 
 _FOR_OTHERS = dict.fromkeys(("base_model_name_or_path", "peft_type"), "load this folder with memtune.load")
 """What PEFT and transformers look for in a file of this name: their errors then say what to do."""
@@ -105,10 +109,21 @@ def write_folder(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"got {folder}, which is a file; an adapter is saved as a folder")
+    wrote_processor = _has_processor(current(folder, CONFIG_NAME))
+    with replace_files(folder) as staging:
+        write_files(staging, task, model, processor, name, details)
+    if processor is None and wrote_processor:
+        _delete(folder / PROCESSOR_NAME)
+
+
+def write_files(
+    folder: Path, task: Task, model: PreTrainedModel, processor: Any, name: str | None, details: CardDetails | None
+) -> None:
+    """Write the files of an adapter into an empty folder (see `write_folder`)."""
     if wrong := [key for key, tensor in task.tensors().items() if not tensor.isfinite().all()]:
         raise CheckpointError(
             f"{wrong[0]} has values that are not finite, as {len(wrong)} of the adapter's tensors have: it would not "
-            f"be loaded again, so nothing is written to {folder}"
+            "be loaded again, so nothing is written"
         )
     backbone = Backbone(model)
     config = {
@@ -134,15 +149,38 @@ def write_folder(
         config["head"] = BACKBONE_HEAD
         config["backbone"]["head_fingerprint"] = head_fingerprint(backbone)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in task.tensors().items()}
-    wrote_processor = _has_processor(current(folder, CONFIG_NAME))
-    with replace_files(folder) as staging:
-        (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        safetensors.torch.save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
-        (staging / CARD_NAME).write_text(write_card(config, tensors, details), encoding="utf-8")
-        if processor is not None:
-            save_processor(processor, staging)
-    if processor is None and wrote_processor:
-        (folder / PROCESSOR_NAME).unlink(missing_ok=True)
+    card = write_card(config, tensors, hub_name(model) if name is None else public_name(name), details)
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    safetensors.torch.save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    (folder / CARD_NAME).write_text(card, encoding="utf-8", errors="replace")
+    if processor is not None:
+        save_processor(processor, folder)
+
+
+def remove_files(folder: Path) -> None:
+    """Delete the files of an adapter folder that `write_folder` wrote, and the folder if there is nothing else."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    try:
+        config, _ = _read_json(current(folder, CONFIG_NAME))
+    except CheckpointError:
+        return  # whatever it is, it is no adapter
+    card = current(folder, CARD_NAME)
+    names = [CONFIG_NAME, WEIGHTS_NAME, *[PROCESSOR_NAME] * (config.get("processor") is True)]
+    if card.is_file() and _CARD_MARK in card.read_text(encoding="utf-8", errors="replace"):
+        names.append(CARD_NAME)
+    with replace_files(folder):
+        pass  # what was committed moves to its place
+    for name in names:
+        _delete(folder / name)
+    with suppress(OSError):  # others' files are in it
+        folder.rmdir()
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, unless somebody has put a folder in its place."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
 
 
 def _has_processor(path: Path) -> bool:
@@ -153,35 +191,43 @@ def _has_processor(path: Path) -> bool:
         return False
 
 
-def read_folder(folder: str | Path) -> AdapterFolder:
+def read_folder(folder: str | Path, within: Path | None = None) -> AdapterFolder:
     """Read and check an adapter folder.
+
+    Args:
+        folder: The folder.
+        within: The folder of a model of many tasks that it is read as a part of.
 
     Raises:
         CheckpointError: The folder, a file of it or an entry is missing, damaged or of an unknown format.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if within is None and not folder.is_dir():
         raise CheckpointError(
             f"got {str(folder)!r}, which is no folder; expected one with {CONFIG_NAME} and {WEIGHTS_NAME}"
         )
-    return read_together(folder, (CONFIG_NAME, WEIGHTS_NAME, PROCESSOR_NAME), lambda: _read(folder))
+
+    def find() -> list[Path]:
+        return [current(folder, name, within) for name in (CONFIG_NAME, WEIGHTS_NAME, PROCESSOR_NAME)]
+
+    return read_together(folder, find, lambda: _read(folder, *find()))
 
 
-def _read(folder: Path) -> AdapterFolder:
-    missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not current(folder, name).exists()]
+def _read(folder: Path, config_path: Path, weights_path: Path, processor_path: Path) -> AdapterFolder:
+    missing = [name for name, path in ((CONFIG_NAME, config_path), (WEIGHTS_NAME, weights_path)) if not path.exists()]
     if missing:
         whose = " (it is that of a model of many tasks: use memtune.MultiTaskModel.from_pretrained)"
         of_many = whose if current(folder, "multi_task_config.json").exists() else ""
         raise CheckpointError(
             f"{folder} is no adapter folder: {' and '.join(missing)} not found{of_many}; save_pretrained writes one"
         )
-    config, version = _read_json(current(folder, CONFIG_NAME))
-    tensors = read_tensors(current(folder, WEIGHTS_NAME))
+    config, version = _read_json(config_path)
+    tensors = read_tensors(weights_path)
     for earlier in range(version, FORMAT_VERSION):
         UPGRADES[earlier](config, tensors)
-    _check_entries(config, current(folder, CONFIG_NAME))
+    _check_entries(config, config_path)
     configs = _read_methods(config, folder)
-    processor = _read_processor(folder) if config["processor"] else None
+    processor = _read_processor(processor_path) if config["processor"] else None
     return AdapterFolder(
         folder,
         configs,
@@ -229,7 +275,7 @@ def _check_entries(config: Mapping[str, Any], path: Path) -> None:
     if not isinstance(described.get("name_or_path"), (str, type(None))):
         raise CheckpointError(f"{path}: the backbone's name_or_path is no text")
     names, earlier = config["labels"], config["extends"]
-    if not all(isinstance(name, str) and name and is_text(name) for name in names) or len(set(names)) < len(names):
+    if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
         raise CheckpointError(f"{path}: labels are {str(names)[:200]}, expected different names")
     if not all(isinstance(digest, str) for digest in earlier.values()):
         raise CheckpointError(f"{path}: extends is {str(earlier)[:200]}, expected a digest for each name")
@@ -264,10 +310,9 @@ def _read_image_size(config: Mapping[str, Any], folder: Path) -> tuple[int, int]
     return size[0], size[1]
 
 
-def _read_processor(folder: Path) -> Any:
-    path = current(folder, PROCESSOR_NAME)
+def _read_processor(path: Path) -> Any:
     try:
-        return read_processor(path.parent)
+        return read_processor(path)
     except CheckpointError:
         raise
     except Exception as error:  # transformers' classes raise errors of every kind at settings that are wrong

@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
 from ..errors import ConfigError
@@ -113,7 +114,8 @@ class CardDetails:
     repo_id: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "results", {name.removeprefix("eval_"): v for name, v in (self.results or {}).items()})
+        results = {re.sub(r"[<>|`\s]+", " ", name.removeprefix("eval_")): v for name, v in (self.results or {}).items()}
+        object.__setattr__(self, "results", results)
         object.__setattr__(self, "datasets", [self.datasets] if isinstance(self.datasets, str) else [*self.datasets])
         for name, value in self.results.items():
             if not isinstance(value, Real) or not math.isfinite(value):
@@ -124,8 +126,15 @@ class CardDetails:
 
 
 def public_name(name: str | None) -> str | None:
-    """A model's name if it is that of a model on the Hub (`user/name`); None for a folder of this machine."""
+    """A name if it can be that of a model on the Hub (`user/name`); None for a folder of this machine."""
     return name if name and name.count("/") == 1 and _is_id(name) and not Path(name).exists() else None
+
+
+def hub_name(model: PreTrainedModel) -> str | None:
+    """The name of a model that was loaded from the Hub; None where the name may be that of a folder."""
+    name, config = model.name_or_path, model.config
+    of_timm = getattr(config, "pretrained_cfg", None) or {}
+    return public_name(name) if getattr(config, "_commit_hash", None) or of_timm.get("hf_hub_id") == name else None
 
 
 def _is_id(name: Any) -> bool:
@@ -136,11 +145,22 @@ def _is_id(name: Any) -> bool:
     return True
 
 
-def write_card(config: Mapping[str, Any], tensors: Mapping[str, Tensor], details: CardDetails | None = None) -> str:
-    """The card of an adapter, from its configuration file and its tensors. No path of this machine stands in it."""
+def write_card(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    base_model: str | None = None,
+    details: CardDetails | None = None,
+) -> str:
+    """The card of an adapter. No path of this machine stands in it.
+
+    Args:
+        config: The adapter's configuration file.
+        tensors: Its tensors.
+        base_model: The backbone's name on the Hub, if it has one.
+        details: What else it says.
+    """
     details = details or CardDetails()
     methods, labels, backbone = [method["method"] for method in config["methods"]], config["labels"], config["backbone"]
-    base_model = public_name(backbone["name_or_path"])
     title = " + ".join(methods) + " adapter" + (f" for {base_model}" if base_model else "")
     text = _TEXT.format(
         title=title,
@@ -149,7 +169,7 @@ def write_card(config: Mapping[str, Any], tensors: Mapping[str, Tensor], details
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         family=backbone["family"],
         backbone=f", [{base_model}](https://huggingface.co/{base_model})" if base_model else "",
-        usage=_usage(config, details),
+        usage=_usage(config, base_model, details),
         answers=_answers(config),
         closed="- It answers with one of these classes whatever the image shows.\n" if labels else "",
         results=_table(
@@ -207,10 +227,10 @@ def _metadata(config: Mapping[str, Any], details: CardDetails, base_model: str |
     )
 
 
-def _usage(config: Mapping[str, Any], details: CardDetails) -> str:
+def _usage(config: Mapping[str, Any], base_model: str | None, details: CardDetails) -> str:
     """Python that runs as it stands: beside the folder's files, or anywhere once the adapter is on the Hub."""
     recorded, model_class = config["backbone"]["name_or_path"], config["backbone"]["model_class"]
-    backbone = f"{model_class}.from_pretrained({json.dumps(public_name(recorded) or _NO_NAME)})"
+    backbone = f"{model_class}.from_pretrained({json.dumps(base_model or _NO_NAME)})"
     source, earlier = json.dumps(details.repo_id or "."), list(config.get("extends", ()))
     imports, from_transformers = ["import memtune", "import torch"], []
     if earlier:

@@ -4,14 +4,13 @@
     README.md                   the card
     <task>/...                  an adapter folder, which can also be used alone
 
-The index is replaced after the adapters, each of which is replaced at once: who reads in between has whole adapters.
+Index, card and adapters are replaced all at once: who reads meanwhile has the tasks of one save, not of two.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, ConfigError
 from ..tasks import Task
-from .adapter_folder import CARD_NAME, write_folder
+from .adapter_folder import CARD_NAME, AdapterFolder, read_folder, remove_files, write_files
 from .atomic import current, replace_files
-from .card import in_code, public_name
-from .reading import read_json
+from .card import hub_name, in_code, public_name
+from .reading import read_json, read_together
 
 FORMAT_VERSION = 1
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
@@ -45,7 +44,8 @@ def write_collection(
     """Save tasks as a folder of adapter folders.
 
     Args:
-        folder: Where to; made if it is not there. Adapters of an earlier model there are replaced, other files are not.
+        folder: Where to; made if it is not there. Adapters of an earlier model there are replaced, other files are not:
+            of a task that is not there any more only what was written for it goes.
         tasks: The tasks, by name.
         model: The backbone.
         processors: The image processor of each task, or None.
@@ -60,14 +60,37 @@ def write_collection(
     before = set(read_index(folder).values()) if current(folder, INDEX_NAME).is_file() else set()
     tasks = _in_order(tasks)
     folders = _folder_names(tasks)
-    for task_name, task in tasks.items():
-        write_folder(folder / folders[task_name], task, model, processors.get(task_name), name)
     index = {"format_version": FORMAT_VERSION, "tasks": folders}
+    card = _card(tasks, folders, hub_name(model) if name is None else public_name(name))
     with replace_files(folder) as staging:
+        for task_name, task in tasks.items():
+            place = staging / folders[task_name]
+            place.mkdir()
+            write_files(place, task, model, processors.get(task_name), name, None)
         (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        (staging / CARD_NAME).write_text(_card(tasks, folders, name or model.name_or_path), encoding="utf-8")
+        (staging / CARD_NAME).write_text(card, encoding="utf-8", errors="replace")
     for stale in before - set(folders.values()):
-        shutil.rmtree(folder / stale, ignore_errors=True)
+        remove_files(folder / stale)
+
+
+def read_collection(folder: str | Path) -> dict[str, AdapterFolder]:
+    """Read and check the adapters of all tasks, by name, as one save left them.
+
+    Raises:
+        CheckpointError: The index or an adapter is missing, damaged, or of an unknown format.
+    """
+    folder = Path(folder)
+
+    def read() -> dict[str, AdapterFolder]:
+        adapters = {}
+        for name, task in read_index(folder).items():
+            try:
+                adapters[name] = read_folder(folder / task, within=folder)
+            except CheckpointError as error:
+                raise CheckpointError(f"task {name!r}: {error}") from error
+        return adapters
+
+    return read_together(folder, lambda: [current(folder, INDEX_NAME)], read)
 
 
 def _in_order(tasks: Mapping[str, Task]) -> dict[str, Task]:
@@ -98,7 +121,6 @@ def _in_order(tasks: Mapping[str, Task]) -> dict[str, Task]:
 
 def _card(tasks: Mapping[str, Task], folders: Mapping[str, str], base_model: str | None) -> str:
     """The card of the whole; each adapter has its own."""
-    base_model = public_name(base_model)
     rows = [
         f"| {in_code(name)} | [`{folders[name]}`]({folders[name]}) | {' + '.join(task.methods) or 'head alone'} "
         f"| {'masked' if task.masked else 'unmasked'} | {len(task.labels) or 'features'} |"

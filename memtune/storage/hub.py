@@ -193,7 +193,8 @@ def _operations(folder: Path, info: ModelInfo) -> list[CommitOperationAdd | Comm
     there = {sibling.rfilename for sibling in info.siblings or []}
     names = list(_FILES)
     if current(folder, INDEX_NAME).is_file():
-        folders = {*read_index(folder).values(), *(name.partition("/")[0] for name in there if "/" in name)}
+        earlier = (name.removesuffix(f"/{CONFIG_NAME}") for name in there if name.endswith(f"/{CONFIG_NAME}"))
+        folders = {*read_index(folder).values(), *(name for name in earlier if "/" not in name)}
         names = [INDEX_NAME, CARD_NAME, *(f"{each}/{name}" for each in sorted(folders) for name in _FILES)]
     paths = {name: current((folder / name).parent, Path(name).name) for name in names}
     additions = [CommitOperationAdd(name, path) for name, path in paths.items() if path.is_file()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import transformers
@@ -68,16 +69,18 @@ def save_processor(processor: Any, folder: Path) -> None:
     (folder / PROCESSOR_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def read_processor(folder: Path) -> Any:
-    """What `save_processor` saved.
+def read_processor(path: Path) -> Any:
+    """What `save_processor` saved, from its file.
 
     Raises:
-        OSError: A file is missing.
-        ValueError: A file is damaged.
+        CheckpointError: The file is missing, or no JSON.
+        ValueError: It is damaged otherwise.
     """
-    values = read_json(folder / PROCESSOR_NAME)
+    values = read_json(path)
     if not isinstance(values, dict) or values.get("image_processor_type") != _OF_TIMM:
-        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)  # no code of a stranger's runs
+        with TemporaryDirectory() as place:  # where transformers finds nothing else that a stranger has put beside it
+            Path(place, PROCESSOR_NAME).write_text(json.dumps(values), encoding="utf-8")
+            return AutoImageProcessor.from_pretrained(place, trust_remote_code=False)  # no code of a stranger's runs
     missing = {"architecture", "pretrained_cfg"} - values.keys()
     if missing:
         raise ValueError(f"{sorted(missing)} not found")

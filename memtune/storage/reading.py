@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .atomic import current
 
 MOST_JSON = 32 * 2**20
 """Bytes of a JSON file at most: a million labels, and more."""
@@ -30,13 +29,21 @@ ReadT = TypeVar("ReadT")
 
 
 def check_plain(path: Path) -> None:
-    """Raise `CheckpointError` unless a path leads to a plain file (perhaps by a link, as in the Hub's cache)."""
+    """Raise `CheckpointError` unless a path is that of a plain file, and no link but one of the Hub's cache."""
+    if path.is_symlink() and not _is_of_hub(path):
+        raise CheckpointError(f"{path} is a link, which is not followed; put the file itself in its place")
     try:
         mode = path.stat().st_mode
     except OSError as error:
         raise CheckpointError(f"{path} is missing or damaged: {error}") from error
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path} is no plain file, and is not opened")
+
+
+def _is_of_hub(path: Path) -> bool:
+    """Whether a link is one that huggingface_hub makes: from a snapshot of a repository to one of its blobs."""
+    target = path.resolve()
+    return target.parent.name == "blobs" and target.parent.parent / "snapshots" in path.absolute().parents
 
 
 def read_json(path: Path) -> Any:
@@ -74,12 +81,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_together(folder: Path, names: Sequence[str], read: Callable[[], ReadT]) -> ReadT:
+def read_together(folder: Path, find: Callable[[], Sequence[Path]], read: Callable[[], ReadT]) -> ReadT:
     """Read several files of a folder as they were at one moment, though another process may replace them meanwhile.
 
     Args:
-        folder: The folder.
-        names: The files, whether they are there or not.
+        folder: The folder, for errors.
+        find: Where the files lie at present (see `current`), whether they are there or not.
         read: Reads them; called again if they were replaced while it did.
 
     Raises:
@@ -87,27 +94,27 @@ def read_together(folder: Path, names: Sequence[str], read: Callable[[], ReadT])
     """
     end, failed = monotonic() + _PATIENCE, 0
     while True:
-        before = _marks(folder, names)
+        before = _marks(find())
         try:
             value = read()
         except CheckpointError:
-            failed += _marks(folder, names) == before  # a file that is moved to its place meanwhile is the same one
+            failed += _marks(find()) == before  # a file that is moved to its place meanwhile is the same one
             if failed == _FAILURES:
                 raise
         else:
-            if _marks(folder, names) == before:
+            if _marks(find()) == before:
                 return value
         if monotonic() > end:
             raise CheckpointError(f"{folder} was replaced again and again while it was read; try later")
         sleep(0.001)
 
 
-def _marks(folder: Path, names: Sequence[str]) -> list[tuple[int, ...] | None]:
-    """What tells each file from another of its name, wherever it lies at present."""
+def _marks(paths: Sequence[Path]) -> list[tuple[int, ...] | None]:
+    """What tells each file from another of its name, wherever it lies."""
     marks: list[tuple[int, ...] | None] = []
-    for name in names:
+    for path in paths:
         try:
-            found = current(folder, name).stat()
+            found = path.stat()
         except OSError:
             marks.append(None)
         else:

@@ -171,19 +171,24 @@ class Task(nn.Module):
             CheckpointError: Tensors are missing, unexpected, misshapen or not finite; all of them are named, and
                 nothing has been changed.
         """
+        own = self.check_tensors(tensors)
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(tensors[key])
+
+    def check_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The task's own tensors, if those given can take their place; else the error of `load_tensors`."""
         own = self.tensors()
         problems = [f"missing: {key}" for key in own if key not in tensors]
         problems += [f"unexpected: {key if key.isprintable() else ascii(key)}" for key in tensors if key not in own]
         for key in own.keys() & tensors.keys():
             if tensors[key].shape != own[key].shape:
                 problems.append(f"{key}: got the shape {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}")
-            elif not torch.isfinite(tensors[key]).all():
+            elif not torch.isfinite(tensors[key].to(own[key].dtype)).all():
                 problems.append(f"{key}: has values that are not finite")
         if problems:
             raise CheckpointError("the tensors do not fit the adapter:\n  " + "\n  ".join(sorted(problems)))
-        with torch.no_grad():
-            for key, tensor in own.items():
-                tensor.copy_(tensors[key])
+        return own
 
 
 def _own_feature(configs: Sequence[AdapterConfig], backbone: Backbone, extends: Mapping[str, Task]) -> int | None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..errors import CheckpointError
 from ..tasks import Task
 
 LARGER_IS_BETTER = {"accuracy": True, "loss": False}
@@ -93,5 +94,13 @@ class BestValues:
         return {"tensors": self.tensors, "waited": self.waited, "scores": self.scores}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        self.tensors, self.waited, self.scores = state["tensors"], state["waited"], state["scores"]
+        """Go on from a state.
+
+        Raises:
+            CheckpointError: It is none.
+        """
+        tensors, waited, scores = state["tensors"], state["waited"], state["scores"]
+        numbers = isinstance(scores, dict) and all(type(value) in (int, float) for value in scores.values())
+        if type(waited) is not int or not numbers or not isinstance(tensors, (dict, type(None))):
+            raise CheckpointError(f"the best values so far have waited {str(waited)[:50]}, scores {str(scores)[:100]}")
+        self.tensors, self.waited, self.scores = tensors, waited, scores

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import random
 import re
 import shutil
 from collections.abc import Mapping
@@ -20,12 +21,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import RNG_STATE_NAME, SAFE_WEIGHTS_NAME, DistributedType, load
+from torch import Tensor
 
 from ..errors import CheckpointError
-from ..storage import publish_folder, read_json, remove_folder
+from ..storage import check_plain, publish_folder, read_json, read_tensors, remove_folder
 from .run_settings import check_same_run
 
 logger = logging.getLogger(__name__)
@@ -108,32 +111,120 @@ class RunCheckpoints:
             logger.warning("%s has checkpoints of another run, which are moved to %s", self._folder, place)
         self._accelerator.wait_for_everyone()
 
-    def load(self, path: Path) -> dict[str, Any]:
-        """Bring what Accelerate prepared to where a checkpoint is.
+    def read(self, path: Path, values: Mapping[str, Tensor] | None) -> dict[str, Any]:
+        """The state that was saved with a checkpoint, all of which is checked as far as it can be.
 
-        Returns:
-            The state that was saved with it.
+        Args:
+            path: The checkpoint.
+            values: What the run trains, by name, if a checkpoint has it whole.
 
         Raises:
-            CheckpointError: It is missing, damaged, or of another format version; nothing has been changed then.
-            ConfigError: It is of a run with other settings; the same.
+            CheckpointError: It is missing, damaged, or of another format version.
+            ConfigError: It is of a run with other settings.
         """
         description = _read_description(path)
         check_same_run(description["settings"], self._settings, path)
         present = _digests(path)
-        if damaged := [name for name, digest in description["files"].items() if present.get(name) != digest]:
+        if damaged := [name for name in present | description["files"] if not _is_same(name, present, description)]:
             raise CheckpointError(f"{path} is damaged in {damaged}; delete it, and go on from an earlier checkpoint")
-        state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
+        if values is not None:
+            _check_values(path / SAFE_WEIGHTS_NAME, values)
+        return _read_state(path / STATE_NAME)
+
+    def load(self, path: Path) -> None:
+        """Bring what Accelerate prepared to where a checkpoint is, which has been checked.
+
+        Raises:
+            CheckpointError: The random states of this process are missing or damaged, which Accelerate would not say.
+        """
+        _check_random_states(path / f"{RNG_STATE_NAME}_{self._accelerator.process_index}.pkl")
         self._accelerator.load_state(str(path))
         logger.info("going on from %s", path)
-        return state
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _is_same(name: str, present: Mapping[str, str], description: Mapping[str, Any]) -> bool:
+    return present.get(name) == description["files"].get(name)
+
+
+def _check_values(path: Path, expected: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` unless a file has values for all that is trained, and for nothing else."""
+    found = {key.removeprefix("module."): tensor for key, tensor in read_tensors(path).items()}  # of DDP's wrapper
+    problems = [f"missing: {key}" for key in expected.keys() - found.keys()]
+    problems += [f"unexpected: {key!a}" for key in found.keys() - expected.keys()]
+    for key in expected.keys() & found.keys():
+        if found[key].shape != expected[key].shape:
+            problems.append(f"{key}: got the shape {tuple(found[key].shape)}, expected {tuple(expected[key].shape)}")
+        elif not found[key].isfinite().all():
+            problems.append(f"{key}: has values that are not finite")
+    if problems:
+        raise CheckpointError(f"{path} does not fit the model:\n  " + "\n  ".join(sorted(problems)[:20]))
+
+
+def is_like(value: Any, model: Any) -> bool:
+    """Whether a value is of the same kind as another one: of its type, with its keys, of its length."""
+    if isinstance(model, dict):
+        return (
+            isinstance(value, dict) and value.keys() == model.keys() and all(is_like(value[k], model[k]) for k in model)
+        )
+    if isinstance(model, (list, tuple)):
+        return type(value) is type(model) and len(value) == len(model) and all(map(is_like, value, model))
+    if isinstance(model, (int, float)):
+        return type(value) in (int, float, type(model))
+    return type(value) is type(model)
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, fresh: list[dict[str, Any]]) -> None:
+    """Raise `CheckpointError` unless what an optimizer was brought to can be a state of its own.
+
+    Args:
+        optimizer: The optimizer.
+        fresh: Its groups as they were made.
+    """
+    if not is_like(optimizer.state_dict()["param_groups"], fresh):
+        raise CheckpointError("the optimizer's groups have other settings than the run's")
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if not isinstance(value, Tensor) or (value.ndim and value.shape != parameter.shape):
+                raise CheckpointError(f"the optimizer's {name!a} fits no parameter")
+            if not value.isfinite().all():
+                raise CheckpointError(f"the optimizer's {name!a} has values that are not finite")
+
+
+def _check_random_states(path: Path) -> None:
+    check_plain(path)
+    try:
+        states = load(path)  # by torch's reader of data alone
+        random.Random().setstate(states["random_state"])
+        np.random.RandomState().set_state(states["numpy_random_seed"])
+        torch.Generator().set_state(states["torch_manual_seed"])
+    except Exception as error:  # of every kind, by what the file is
+        raise CheckpointError(f"{path.name}: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    check_plain(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of every kind, by what the file is
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {str(error)[:200]}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} is damaged: got a {type(state).__name__}, expected a dictionary")
+    return state
 
 
 def _read_description(path: Path) -> dict[str, Any]:
     described = path / DESCRIPTION_NAME
     try:
         values = read_json(described)
-        version, _, _ = values["format_version"], values["settings"], values["files"]
+        version, settings, files = values["format_version"], values["settings"], values["files"]
+        if type(version) is not int or not isinstance(settings, dict) or not isinstance(files, dict):
+            raise TypeError(
+                f"format_version {str(version)[:50]}, settings {str(settings)[:50]}, files {str(files)[:50]}"
+            )
     except (CheckpointError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{described} is missing or damaged: {error!r}; expected a folder checkpoint-<step> of memtune.fit"
@@ -146,6 +237,12 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """A digest of each file in a folder by its path there, but of the description."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / DESCRIPTION_NAME)
+    """A digest of each file in a folder by its path there, but of the description.
+
+    Raises:
+        CheckpointError: There is something else than plain files and folders.
+    """
+    files = sorted(path for path in folder.rglob("*") if path != folder / DESCRIPTION_NAME and not _is_folder(path))
+    for path in files:
+        check_plain(path)
     return {path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest() for path in files}

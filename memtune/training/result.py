@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..drawing import new_figure
-from ..errors import MemtuneError
+from ..errors import CheckpointError, MemtuneError
 
 
 @dataclass
@@ -89,6 +90,32 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
     log_history: list[dict[str, float]] = field(default_factory=list)
 
+    @classmethod
+    def from_state(cls, state: Any) -> Progress:
+        """Take up what a checkpoint holds.
+
+        Raises:
+            CheckpointError: It is no progress of a run.
+        """
+        fresh = vars(cls())
+        if not isinstance(state, dict) or not {"step", "batches", "order"} <= state.keys() <= fresh.keys():
+            raise CheckpointError(f"the run's progress is {str(state)[:200]}, expected {', '.join(fresh)}")
+        for name, value in state.items():
+            right, like = type(value) is type(fresh[name]), fresh[name]
+            if right and isinstance(like, Tensor):
+                right = value.shape == like.shape and value.dtype == like.dtype
+            elif right and isinstance(like, list):
+                right = all(isinstance(entry, dict) and _are_numbers(entry) for entry in value)
+            elif right:
+                right = value >= 0
+            if not right:
+                raise CheckpointError(f"the run's progress has {name} {str(value)[:100]}, which no run has")
+        return cls(**state)
+
     def result(self) -> TrainingResult:
         """What was measured so far."""
         return TrainingResult(self.history, self.log_history, self.step, self.all_seconds)
+
+
+def _are_numbers(entry: dict[Any, Any]) -> bool:
+    return all(isinstance(name, str) and type(value) in (int, float) for name, value in entry.items())

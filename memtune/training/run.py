@@ -24,7 +24,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..backbones import Backbone, fingerprint
 from ..data import IGNORED, Items, digest
-from ..errors import MemtuneError
+from ..errors import CheckpointError, MemtuneError
 from ..evaluation import measure, run_batch
 from ..models import TunedModel
 from ..preparation import (
@@ -42,7 +42,7 @@ from ..preparation import (
 )
 from .averaging import BestValues, MovingAverage
 from .callbacks import TrainingCallback
-from .checkpoint import RunCheckpoints
+from .checkpoint import RunCheckpoints, check_optimizer, is_like
 from .optimization import make_optimizer
 from .result import Progress, TrainingResult
 from .run_settings import describe_run
@@ -138,15 +138,44 @@ class TrainingRun:
         if place is None:
             self._checkpoints.set_aside()
             return
-        state = self._checkpoints.load(place)
-        self.progress = Progress(**state["progress"])
+        in_parts = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        state = self._checkpoints.read(place, None if in_parts else self._tuned.state_dict())
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        before = [parameter.detach().clone() for parameter in trained]
+        try:
+            progress = Progress.from_state(state.get("progress"))
+            if progress.step > self.steps or progress.batches > len(self._loader):
+                raise CheckpointError(
+                    f"it is at step {progress.step:,} and batch {progress.batches:,}, of {self.steps:,} and "
+                    f"{len(self._loader):,}"
+                )
+            self._restore(place, state)
+            fresh = self._optimizer.state_dict()
+            self._checkpoints.load(place)
+            if not in_parts:
+                check_optimizer(self._optimizer, fresh["param_groups"])
+        except Exception as error:  # of every kind, by what is wrong with which file
+            with torch.no_grad():
+                for parameter, values in zip(trained, before, strict=True):
+                    parameter.copy_(values)
+            why = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {str(error)[:200]}"
+            raise CheckpointError(f"{place} is damaged: {why}; delete it, and go on from an earlier one") from error
+        self.progress = progress
+        if not self.accelerator.is_main_process:  # whose sums are those of all processes now
+            self.progress.sums, self.progress.log_sums = torch.zeros(2), torch.zeros(2)
+
+    def _restore(self, place: Path, state: dict[str, Any]) -> None:
+        """Bring what Accelerate does not know of to where a checkpoint is."""
+        if not is_like(state.get("schedule"), self._schedule.state_dict()):
+            raise CheckpointError(f"the schedule's state is {str(state.get('schedule'))[:200]}")
         for name, part in self._parts().items():
             if name not in state and name.startswith("callback_"):
                 logger.warning("%s: the run had no %s, which starts anew", place, type(part).__name__)
             else:
                 part.load_state_dict(state[name])
-        if not self.accelerator.is_main_process:  # whose sums are those of all processes now
-            self.progress.sums, self.progress.log_sums = torch.zeros(2), torch.zeros(2)
+        with self._whole():
+            if self._best.tensors is not None:
+                self._tuned.task.check_tensors(self._best.tensors)
 
     def _parts(self) -> dict[str, Any]:
         """What has a state of its own beside the progress and what Accelerate saves."""

@@ -442,7 +442,7 @@ def test_names_that_make_the_same_folder(tmp_path: Path) -> None:
         ('{"format_version": 1, "tasks": {"a": "../a"}}', "expected the name of a folder for each task"),
         ('{"format_version": 1, "tasks": {"a": ".."}}', "expected the name of a folder for each task"),
         ('{"format_version": 1, "tasks": []}', "expected the name of a folder for each task"),
-        ('{"format_version": 1, "tasks": {"a": "a"}}', "task 'a': .*no folder"),
+        ('{"format_version": 1, "tasks": {"a": "a"}}', "task 'a': .*no adapter folder"),
     ],
 )
 def test_damaged_folders(tmp_path: Path, index: str | None, message: str) -> None:

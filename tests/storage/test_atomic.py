@@ -1,31 +1,10 @@
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from memtune.storage import atomic
 from memtune.storage.atomic import current, replace_files
 
 NAMES = ["a.json", "b.bin", "c.md"]
-
-WRITER = """
-import sys
-from pathlib import Path
-
-sys.path.insert(0, sys.argv[2])  # the module alone, as it needs nothing of the package that takes seconds to import
-from atomic import replace_files
-
-folder = Path(sys.argv[1])
-print("ready", flush=True)
-for turn in range(1, 10**6):
-    with replace_files(folder) as staging:
-        for name in ("a.json", "b.bin", "c.md"):
-            (staging / name).write_text(f"{turn} " * 2000)
-"""
 
 
 def write(folder: Path, text: str) -> None:
@@ -77,20 +56,3 @@ def test_a_commit_counts_from_its_rename_on(tmp_path, monkeypatch, moved):
     write(tmp_path, "newer")
     assert read(tmp_path) == {"newer"}
     assert sorted(path.name for path in tmp_path.iterdir()) == NAMES
-
-
-@pytest.mark.slow
-def test_a_killed_writer_never_leaves_a_mixture(tmp_path):
-    """Kill a process that saves without a pause, at random moments; whatever it leaves is one save, whole."""
-    pause = random.Random(0)
-    write(tmp_path, "0 ")
-    for _ in range(20):
-        command = [sys.executable, "-c", WRITER, str(tmp_path), str(Path(atomic.__file__).parent)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
-            writer.stdout.readline()
-            time.sleep(pause.uniform(0.01, 0.3))
-            writer.send_signal(signal.SIGKILL)
-        found = read(tmp_path)
-        assert len(found) == 1
-        turns = set(found.pop().split())
-        assert len(turns) == 1

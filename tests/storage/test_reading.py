@@ -51,7 +51,6 @@ STRANGE: dict[str, Callable[[Path], Any]] = {
     "code": lambda folder: (folder / "preprocessor_config.json").write_text(CODE),
     "labels that are none": lambda folder: edited(folder, labels=[None, {}]),
     "labels twice": lambda folder: edited(folder, labels=["a", "a"]),
-    "half a surrogate pair": lambda folder: edited(folder, labels=["a", "\ud800"]),
     "digests that are none": lambda folder: edited(folder, extends={"z": []}),
     "many tokens": lambda folder: edited(folder, methods=[MemoryConfig(10**9).to_dict()]),
     "a number beyond all": lambda folder: edited(folder, methods=[MemoryConfig(2).to_dict() | {"init_std": 10**400}]),
