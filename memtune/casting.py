@@ -1,4 +1,4 @@
-"""Frozen linear layers under autocast: their weights are cast once, not at each pass.
+"""Frozen linear layers under autocast: their weights are cast once for all views, not at each pass of each.
 
 Autocast keeps what it has cast of a parameter only where that needs a gradient. A task stream has few tokens, so that
 casting the backbone's weights for them takes as long as computing with them. On an accelerator a cast takes less time
@@ -7,9 +7,13 @@ than finding out whether the weight has changed, so there autocast does as ever.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .keeping import Kept
 
@@ -17,7 +21,7 @@ from .keeping import Kept
 class FrozenLinear(nn.Linear):
     """A frozen linear layer of a view that keeps its weight and bias in the type that autocast asks for."""
 
-    _kept: dict[str, Kept[Tensor]]
+    _kept: dict[str, Any]
     _casts: dict[str, Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
@@ -35,6 +39,14 @@ class FrozenLinear(nn.Linear):
         return cast
 
 
+_KEPT: MutableMapping[Any, Kept[Tensor]] = WeakIdKeyDictionary()
+"""What is kept of each parameter, for all views that have it."""
+
+
+def _kept_of(parameter: Tensor | None) -> Kept[Tensor] | None:
+    return None if parameter is None else _KEPT.setdefault(parameter, Kept(_cast))
+
+
 def _cast(parameter: Tensor) -> Tensor:
     return parameter.detach().to(torch.get_autocast_dtype("cpu"))
 
@@ -48,4 +60,4 @@ def keep_casts(module: nn.Module) -> None:
         if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter:
             layer.__class__ = FrozenLinear
             layer.__dict__["_casts"] = {}
-            layer.__dict__["_kept"] = {"weight": Kept(_cast), "bias": Kept(_cast)}
+            layer.__dict__["_kept"] = {name: _kept_of(value) for name, value in layer._parameters.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from ctypes import c_char
 from typing import Generic, TypeVar
@@ -16,18 +17,18 @@ class _State:
     """What a tensor is at one moment.
 
     Args:
-        tensor: The tensor. It is held, so that no other can come to lie where it lay.
+        tensor: The tensor. It is not held: what is made of it may be kept for as long as it is there.
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
+        self._tensor = weakref.ref(tensor)
         self._place = tensor.data_ptr()
         self._version = _version(tensor)
         self._digest = _digest(tensor)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether the tensor is as it was."""
-        same = self._tensor is tensor and self._place == tensor.data_ptr() and self._version == _version(tensor)
+        same = self._tensor() is tensor and self._place == tensor.data_ptr() and self._version == _version(tensor)
         return same and self._digest == _digest(tensor)
 
 

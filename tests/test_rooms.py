@@ -5,8 +5,12 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 import memtune
 
@@ -58,3 +62,29 @@ def test_no_function_hides_a_module() -> None:
         package = importlib.import_module(name)
         for each in pkgutil.iter_modules(package.__path__):
             assert isinstance(getattr(package, each.name, package), ModuleType), f"{name}.{each.name}"
+
+
+def test_public_names_are_those_that_are_written_down_twice() -> None:
+    """Once for type checkers, once for `memtune.__getattr__`."""
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    written = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert written - {"import_module", "find_spec", "TYPE_CHECKING", "Any"} == set(memtune.__all__)
+    assert all(getattr(memtune, name) is not None for name in memtune.__all__)
+    assert set(memtune.__all__) <= set(dir(memtune))
+    assert isinstance(memtune.errors, ModuleType)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = memtune.nothing
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version", "inspect --help", "no-command", "predict --no-option x"])
+def test_the_command_line_answers_without_torch(arguments: str) -> None:
+    program = (
+        "import sys\nfrom memtune.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program, *arguments.split()], check=True, capture_output=True)

@@ -10,6 +10,7 @@ from .fingerprints import head_fingerprint as head_fingerprint
 from .fingerprints import same_weights as same_weights
 from .freezing import Hold as Hold
 from .fused import LinearPart as LinearPart
+from .views import HookWatch as HookWatch
 from .views import shadow as shadow
 from .views import shadow_config as shadow_config
 from .views import structure as structure

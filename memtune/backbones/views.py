@@ -13,6 +13,7 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedBackboneError
 
@@ -72,10 +73,29 @@ def structure(module: nn.Module) -> Hashable:
             type(each),
             "forward" in each.__dict__,
             *each._modules.values(),
-            *(key for hooks in (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks) for key in hooks),
+            *(key for name, hooks in each.__dict__.items() if _is_of_hooks(name, hooks) for key in hooks),
         )
         for each in module.modules()
     )
+
+
+class HookWatch:
+    """Notices, at the cost of a comparison, that hooks may have been placed on a module or removed from it.
+
+    Args:
+        module: The module, as views of it are made.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._placed = RemovableHandle.next_id  # of all hooks of all modules
+        hooks = [
+            value for each in module.modules() for name, value in each.__dict__.items() if _is_of_hooks(name, value)
+        ]
+        self._there = [(each, len(each)) for each in hooks if each]
+
+    def rings(self) -> bool:
+        """Whether hooks have been placed anywhere, or removed here."""
+        return self._placed != RemovableHandle.next_id or any(len(hooks) != count for hooks, count in self._there)
 
 
 def shadow_config(config: Any) -> Any:

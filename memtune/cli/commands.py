@@ -18,12 +18,14 @@ from ..backbones import Backbone
 from ..data import load_folder
 from ..errors import CheckpointError, ConfigError, InputError
 from ..evaluation import evaluate as evaluate_model
+from ..evaluation import inspect_data as look_at_data
 from ..models import MultiTaskModel, TunedModel, shared_processor
 from ..models import combine as combine_tasks
 from ..preparation import TrainingConfig
 from ..storage import FORMAT_VERSION, decode, find_folder, list_adapters, load_recorded_backbone, read_folder
 from . import finetuning
 from .contact_sheet import check_sheet, draw_sheet
+from .terminal import visible
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +43,6 @@ class Result:
     values: Any
     text: str
     exit_code: int = 0
-
-
-def visible(text: str, keep: str = "") -> str:
-    """Text that may be a stranger's, for a terminal: what is no printable character is shown by its escape."""
-    return "".join(each if each.isprintable() or each in keep else ascii(each)[1:-1] for each in text)
 
 
 def finetune(options: Namespace) -> Result:
@@ -107,6 +104,22 @@ def _describe(values: dict[str, Any]) -> str:
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {visible(value)}" for name, value in rows.items())
+
+
+def inspect_data(options: Namespace) -> Result:
+    """Look at a folder of images before training on it."""
+    validation = None if options.validation_dir is None else load_folder(options.validation_dir)
+    model = None
+    if options.adapter is not None:
+        model = TunedModel.from_pretrained(options.adapter, _load_backbone(options.backbone))
+    if options.picture:
+        check_sheet(Path(options.picture), "--picture")
+        if model is None:
+            raise ConfigError("--picture: it shows what a model sees; name one by --adapter")
+    report = look_at_data(options.folder, validation=validation, model=model, max_images=options.max_images)
+    if options.picture:
+        report.draw(options.picture)
+    return Result(report.to_dict(), str(report), exit_code=1 if report.problems else 0)
 
 
 def predict(options: Namespace) -> Result:

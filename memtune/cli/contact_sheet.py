@@ -12,12 +12,12 @@ from ..errors import ConfigError
 from ..storage import decode
 
 
-def check_sheet(path: Path) -> None:
-    """Raise `ConfigError` if no picture can be written to a path."""
+def check_sheet(path: Path, option: str = "--sheet") -> None:
+    """Raise `ConfigError`, which names the option, if no picture can be written to a path."""
     endings = new_figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in endings or not path.parent.is_dir():
         raise ConfigError(
-            f"--sheet: got {str(path)!r}, expected a file in a folder that is there, with one of the endings "
+            f"{option}: got {str(path)!r}, expected a file in a folder that is there, with one of the endings "
             f"{sorted(endings)}"
         )
 

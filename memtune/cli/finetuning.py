@@ -22,13 +22,18 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, se
 from ..backbones import Backbone
 from ..data import LabelReader, class_names, find_columns, held_out, load_folder, load_splits
 from ..errors import ConfigError, InputError
-from ..evaluation import evaluate
+from ..evaluation import evaluate, inspect_data
 from ..methods import AdapterConfig, MemoryConfig, method_names, read_config
 from ..models import TunedModel, wrap
 from ..preparation import add_training_arguments, read_training_arguments
 from ..training import fit
 
+logger = logging.getLogger(__name__)
+
 RESULTS_NAME = "all_results.json"
+
+_LOOKED_AT = 10_000
+"""Images of each part that are looked at before training."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +96,10 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] | No
     set_seed(args.seed)
     label_column = find_columns(train, args.image_column_name, args.label_column_name)[1]
     model = build_model(args, _names(train, label_column))
+    if state.is_main_process:
+        report = inspect_data(train, validation=evaluation, model=model, config=config, max_images=_LOOKED_AT)
+        for line in [*report.problems, *report.notes]:
+            logger.warning("%s", line)
     result = fit(model, train, evaluation, config, resume_from_checkpoint=args.resume_from_checkpoint)
     # where there was no epoch, the model as it is gets measured, as in transformers' own examples
     measured = result.scores or evaluate(model, evaluation, config)

@@ -10,13 +10,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from .._version import __version__
 from ..errors import MemtuneError
-from . import commands
-from .commands import visible
-from .finetuning import add_arguments as add_finetuning
+from .terminal import visible
 
 _HELP = """Small trained adapters for one frozen Hugging Face vision model and many tasks.
 
@@ -33,47 +32,79 @@ examples:
 An adapter is a folder, or the id of a repository on the Hub."""
 
 
+_FINETUNE = """The images are in one folder for each class, or in a data set of the Hub. The adapter, its card, its
+learning curves and all_results.json go to --output_dir, with checkpoints to go on from.
+Several GPUs: accelerate launch -m memtune finetune ..."""
+
+_INSPECT = "A folder that cannot be loaded is reported with what is wrong with it, and the exit code is 1."
+
+_INSPECT_DATA = """Prints counts, sizes, and what is wrong: images that cannot be read, that are there twice or in two
+parts, and labels that are none. The exit code is 1 if something would stop a training or make its figures wrong."""
+
+_PREDICT = """Prints a line for each image and task: the best labels with their probabilities. Images that cannot be
+read are named, and the exit code is 1; the others are answered all the same."""
+
+_COMBINE = "Prints what the tasks share, and what they cost beside a pass of the backbone."
+
 _NEWLINE = chr(10)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def build_parser(arguments: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The parser of all commands.
+
+    Args:
+        arguments: What it is to parse, if that is known: what takes seconds to import is left out where it is not asked
+            for.
+    """
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="memtune", description=_HELP, formatter_class=text)
     parser.add_argument("--version", action="version", version=f"memtune {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(function: Any, summary: str) -> Any:
-        added = subparsers.add_parser(
-            function.__name__, help=summary, description=function.__doc__, formatter_class=text
-        )
-        added.set_defaults(function=function)
+    def command(name: str, summary: str, more: str = "") -> Any:
+        description = f"{summary[0].upper()}{summary[1:]}.\n\n{more}".strip()
+        added = subparsers.add_parser(name, help=summary, description=description, formatter_class=text)
+        added.set_defaults(function=name)
         added.add_argument("--json", action="store_true", help="print the result as JSON")
         return added
 
     def backbone(add: Any) -> None:
         add("--backbone", help="the frozen model: a folder or a name on the Hub; by default the one that is recorded")
 
-    add_finetuning(command(commands.finetune, "train an adapter on a folder of images or a data set of the Hub"))
-    add = command(commands.inspect, "show what an adapter is, or what is wrong with its folder").add_argument
+    summary = "train an adapter on a folder of images or a data set of the Hub"
+    finetuning = command("finetune", summary, _FINETUNE)
+    if arguments is None or "finetune" in arguments:
+        import_module(".finetuning", __package__).add_arguments(finetuning)
+    add = command("inspect", "show what an adapter is, or what is wrong with its folder", _INSPECT).add_argument
     add("adapter", help="the adapter")
-    add = command(commands.predict, "classify images by one or more adapters, in one pass").add_argument
+    add = command("inspect-data", "look at a folder of images before training on it", _INSPECT_DATA).add_argument
+    add("folder", help="a folder with one folder of images for each class, or with such folders for its splits")
+    add("--validation_dir", help="a folder of the images to evaluate on")
+    add("--adapter", help="an adapter whose labels the classes must be")
+    backbone(add)
+    add("--max_images", type=int, help="read at most so many images of each part, evenly spread")
+    add("--picture", help="draw a few images as the adapter's model sees them into this PNG")
+    add = command("predict", "classify images by one or more adapters, in one pass", _PREDICT).add_argument
     add("images", nargs="+", help="image files")
     _adapters(add)
     backbone(add)
     add("--top_k", type=int, default=1, help="answers for each image and task (%(default)s)")
     add("--batch_size", type=int, default=16, help="images a pass (%(default)s)")
     add("--sheet", help="also draw a contact sheet with the answers into this PNG")
-    add = command(commands.evaluate, "measure an adapter's accuracy on a folder of images").add_argument
+    add = command("evaluate", "measure an adapter's accuracy on a folder of images").add_argument
     add("adapter", help="the adapter")
     add("--data", required=True, help="a folder with one folder of images for each class, named by the labels")
     backbone(add)
     add("--image_size", type=int, help="height and width in pixels, in place of the processor's")
-    add = command(commands.combine, "put adapters into one folder that answers every task from one pass").add_argument
+    add = command(
+        "combine", "put adapters into one folder that answers every task from one pass", _COMBINE
+    ).add_argument
     add("output", help="the folder to write")
     _adapters(add)
     backbone(add)
-    add = command(commands.push, "share an adapter on the Hugging Face Hub").add_argument
+    add = command(
+        "push", "share an adapter on the Hugging Face Hub", "You must be logged in (`hf auth login`)."
+    ).add_argument
     add("adapter", help="the adapter's folder")
     add("repo_id", help="user/name on the Hub")
     backbone(add)
@@ -81,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--revision", help="the branch to commit to")
     add("--commit_message", help="first line of the commit's message")
     add("--create_pr", action="store_true", help="open a pull request")
-    add = command(commands.zoo, "list the adapters on the Hub for a backbone").add_argument
+    add = command("zoo", "list the adapters on the Hub for a backbone").add_argument
     add("backbone", help="the backbone's name on the Hub")
     return parser
 
@@ -101,10 +132,11 @@ def _named(value: str) -> tuple[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    options = build_parser().parse_args(arguments)
-    options.command = ["memtune", *(sys.argv[1:] if arguments is None else arguments)]
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = build_parser(arguments).parse_args(arguments)
+    options.command = ["memtune", *arguments]
     try:
-        result = options.function(options)
+        result = getattr(import_module(".commands", __package__), options.function.replace("-", "_"))(options)
     except MemtuneError as error:
         print(f"memtune: {visible(str(error), keep=_NEWLINE)}", file=sys.stderr)  # noqa: T201
         return 1

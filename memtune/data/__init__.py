@@ -10,10 +10,14 @@ from .images import ImageDataset as ImageDataset
 from .images import ItemDataset as ItemDataset
 from .images import Items as Items
 from .images import as_items as as_items
+from .images import check_kind as check_kind
 from .images import find_columns as find_columns
+from .images import item_parts as item_parts
 from .labels import IGNORED as IGNORED
 from .labels import LabelReader as LabelReader
 from .labels import class_names as class_names
 from .splitting import digest as digest
 from .splitting import held_out as held_out
 from .splitting import select as select
+from .streaming import is_stream as is_stream
+from .streaming import take as take

@@ -275,7 +275,7 @@ class ItemDataset(Items):
             raise Unreadable(f"item {index} cannot be read: {error}") from error
         if item is None:
             raise Unreadable(f"item {index} is None")
-        image, label = self._parts(item, index)
+        image, label = item_parts(item, index, self._columns)
         if _is_picture(image):
             image = self._processed(image, index, version, f"item {index}")
         elif self._augment is not None:
@@ -284,21 +284,6 @@ class ItemDataset(Items):
                 "leave it out, and augment what your data set gives"
             )
         return {"pixel_values": torch.as_tensor(image), "labels": self._reader(label, f"item {index}")}
-
-    def _parts(self, item: Any, index: int) -> tuple[Any, Any]:
-        """The image and the label of an item."""
-        if isinstance(item, (tuple, list)) and len(item) == 2:
-            return item[0], item[1]
-        if not isinstance(item, Mapping):
-            raise InputError(f"item {index} of the data set is a {type(item).__name__}; {_KINDS}")
-        parts, missing = [], []
-        for column, usual in zip(self._columns, (("pixel_values", "image"), ("labels", "label")), strict=True):
-            found = [name for name in ((column,) if column else usual) if name in item]
-            parts.append(item[found[0]] if found else None)
-            missing += [] if found else [column or usual[0]]
-        if missing:
-            raise InputError(f"item {index} of the data set lacks {sorted(missing)}; it has {sorted(map(str, item))}")
-        return parts[0], parts[1]
 
     def source(self, index: int) -> bytes | None:
         """The values of an item."""
@@ -320,6 +305,31 @@ class ItemDataset(Items):
                 values = self._dataset.with_format(None)[column][:]
                 return [self._reader(label, f"item {index}") for index, label in enumerate(values)]
         return [IGNORED if (item := self.read(index)) is None else item["labels"] for index in range(len(self))]
+
+
+def item_parts(item: Any, index: int, columns: tuple[str | None, str | None] = (None, None)) -> tuple[Any, Any]:
+    """The image and the label of an item.
+
+    Args:
+        item: The item.
+        index: Its number, for errors.
+        columns: The names of image and label in it; None for the usual ones.
+
+    Raises:
+        InputError: It has no image or no label.
+    """
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        return item[0], item[1]
+    if not isinstance(item, Mapping):
+        raise InputError(f"item {index} of the data set is a {type(item).__name__}; {_KINDS}")
+    parts, missing = [], []
+    for column, usual in zip(columns, (("pixel_values", "image"), ("labels", "label")), strict=True):
+        found = [name for name in ((column,) if column else usual) if name in item]
+        parts.append(item[found[0]] if found else None)
+        missing += [] if found else [column or usual[0]]
+    if missing:
+        raise InputError(f"item {index} of the data set lacks {sorted(missing)}; it has {sorted(map(str, item))}")
+    return parts[0], parts[1]
 
 
 def find_columns(dataset: datasets.Dataset, image: str | None, label: str | None) -> tuple[str, str]:
@@ -408,18 +418,7 @@ def as_items(
     """
     if isinstance(dataset, Items):
         return dataset
-    if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
-        raise InputError(f"got a {type(dataset).__name__} with the splits {list(dataset)}; pass one of them")
-    if isinstance(dataset, (str, Path)):
-        raise InputError(
-            f"got the path {str(dataset)!r}; pass the data set itself, such as datasets.load_dataset('imagefolder', "
-            f"data_dir={str(dataset)!r}, split='train')"
-        )
-    indexable = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    if not indexable or isinstance(dataset, (Mapping, Tensor, np.ndarray)):
-        raise InputError(f"got a {type(dataset).__name__}, expected a data set with a length and items; {_KINDS}")
-    if len(dataset) == 0:
-        raise InputError("the data set is empty")
+    check_kind(dataset)
     columns = isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
     if columns and ("pixel_values" not in dataset.column_names or image_column is not None):
         return ImageDataset(
@@ -444,3 +443,19 @@ def as_items(
         channels=channels,
         columns=(image_column, label_column),
     )
+
+
+def check_kind(dataset: Any) -> None:
+    """Raise `InputError` unless a data set is of a kind that can be taken, and has items."""
+    if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        raise InputError(f"got a {type(dataset).__name__} with the splits {list(dataset)}; pass one of them")
+    if isinstance(dataset, (str, Path)):
+        raise InputError(
+            f"got the path {str(dataset)!r}; pass the data set itself, such as datasets.load_dataset('imagefolder', "
+            f"data_dir={str(dataset)!r}, split='train')"
+        )
+    indexable = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if not indexable or isinstance(dataset, (Mapping, Tensor, np.ndarray)):
+        raise InputError(f"got a {type(dataset).__name__}, expected a data set with a length and items; {_KINDS}")
+    if len(dataset) == 0:
+        raise InputError("the data set is empty")

@@ -3,4 +3,6 @@
 from .evaluating import evaluate as evaluate
 from .evaluating import measure as measure
 from .evaluating import run_batch as run_batch
+from .inspection import DataReport as DataReport
+from .inspection import inspect_data as inspect_data
 from .metrics import Accuracy as Accuracy

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
-from ..backbones import Backbone, Hold, fingerprint, same_weights
+from ..backbones import Backbone, Hold, HookWatch, fingerprint, same_weights, structure
 from ..errors import BackboneMismatchError, CheckpointError, ConfigError, InputError, MemtuneError
 from ..storage import (
     AdapterFolder,
@@ -100,6 +100,7 @@ class MultiTaskModel(SharedModel):
         backbone.eval()
         self._processors: dict[str, Any] = {}
         self.arrangement = Arrangement.of(described, {})
+        self._structure, self._hooks = structure(backbone), HookWatch(backbone)
         self.register_state_dict_post_hook(drop_backbone)
         self.register_load_state_dict_pre_hook(refuse_backbone)
         self.register_load_state_dict_post_hook(forgive_backbone)
@@ -203,6 +204,8 @@ class MultiTaskModel(SharedModel):
     def _answer(
         self, pixel_values: Tensor, tasks: Sequence[str] | None, rows: Sequence[str] | None, interpolate: bool
     ) -> MultiTaskOutput | MixedOutput:
+        if self._hooks.rings():
+            self._renew()
         arrangement, backbone = self.arrangement, self.arrangement.trunk.view
         batch = len(pixel_values) if isinstance(pixel_values, Tensor) and pixel_values.ndim else 0
         names = _check_names(tasks, rows, batch, arrangement.tasks)
@@ -217,6 +220,13 @@ class MultiTaskModel(SharedModel):
             return MixedOutput(list(map(_as_output, own, each)), base)
         answers, base = answer_all(*place, pixel_values, names, interpolate=interpolate)
         return MultiTaskOutput({name: _as_output(arrangement.tasks[name], answers[name]) for name in names}, base)
+
+    def _renew(self) -> None:
+        """Make the views anew if hooks were placed on the backbone or removed from it."""
+        with _CHANGES:
+            if (now := structure(self.backbone)) != self._structure:
+                self.arrangement = Arrangement.of(Backbone(self.backbone), self.arrangement.tasks)
+            self._structure, self._hooks = now, HookWatch(self.backbone)
 
     def plan(self) -> Plan:
         """What the tasks share, and what they cost in multiply-adds; print it to see a table."""
@@ -306,12 +316,15 @@ class MultiTaskModel(SharedModel):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "arrangement": self.arrangement.tasks}
+        made = ("_structure", "_hooks")
+        kept = {name: value for name, value in self.__dict__.items() if name not in made}
+        return kept | {"arrangement": self.arrangement.tasks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._hold.join(self.backbone)
         self.arrangement = Arrangement.of(Backbone(self.backbone), state["arrangement"])
+        self._structure, self._hooks = structure(self.backbone), HookWatch(self.backbone)
 
 
 def _as_output(task: Task, answer: Tensor) -> TaskOutput:

@@ -83,6 +83,8 @@ def _read(folder: Path) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from error
+    if isinstance(values, dict) and "format_version" in values:
+        raise ConfigError(f"{folder} is an adapter folder of memtune's own; load it with memtune.load")
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
         kind = values.get("peft_type") if isinstance(values, dict) else values
         raise ConfigError(f"{folder / PEFT_CONFIG_NAME}: got the peft_type {kind!r}, expected 'LORA'")

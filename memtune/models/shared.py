@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from ..storage import CardDetails, hub_name, make_repository, public_name, push_
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+logger = logging.getLogger(__name__)
 
 
 class SharedModel(nn.Module, ABC):
@@ -144,6 +147,12 @@ class SharedModel(nn.Module, ABC):
         details = dataclasses.replace(details, repo_id=repo_id)
         named = public_name(base_model_name) if base_model_name else hub_name(self.backbone)
         name = named or ""  # no path of this machine gets out
+        if not name:
+            logger.warning(
+                "the backbone's name %r is not recorded, as it may be that of a folder of this machine: whoever loads "
+                "the adapter passes backbone=..., unless you name the backbone's place on the Hub by base_model_name",
+                base_model_name or self.backbone.name_or_path,
+            )
         with TemporaryDirectory() as folder:
             self._write(folder, name, details)
             return push_folder(

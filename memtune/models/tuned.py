@@ -11,15 +11,17 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils.generic import ModelOutput
 
-from ..backbones import Backbone, Hold, as_pretrained, structure
+from ..backbones import Backbone, Hold, HookWatch, as_pretrained, structure
 from ..errors import ConfigError, InputError, MemtuneError, UnsupportedBackboneError
 from ..storage import (
+    STATE_KEY,
     CardDetails,
     check_backbone,
     find_folder,
@@ -27,6 +29,7 @@ from ..storage import (
     load_recorded_backbone,
     make_task,
     read_folder,
+    to_state,
     write_folder,
     write_peft_folder,
 )
@@ -67,6 +70,7 @@ class _Views(NamedTuple):
         lane: The task's own.
         from_trunk: What answers from a pass of the trunk alone; None for an unmasked task that changes the backbone.
         made_for: What they were made for; where that is something else now, they are made anew.
+        hooks: Notices that it may be so between two calls of `train` or `eval`, when users place hooks.
     """
 
     described: Backbone
@@ -74,6 +78,7 @@ class _Views(NamedTuple):
     lane: MaskedLane | AdaptedLane
     from_trunk: MaskedLane | HeadLane | None
     made_for: Hashable
+    hooks: HookWatch
 
 
 class TunedModel(SharedModel):
@@ -112,6 +117,7 @@ class TunedModel(SharedModel):
         self._hold = Hold(backbone)
         self.task.to(device=backbone.device)
         self.register_state_dict_post_hook(drop_backbone)
+        self.register_state_dict_post_hook(_add_description)
         self.register_load_state_dict_pre_hook(refuse_backbone)
         self.register_load_state_dict_post_hook(forgive_backbone)
         self.train(self._hold.was_training)
@@ -131,17 +137,26 @@ class TunedModel(SharedModel):
             lane = lane_of(described, self.task, **options)
             from_trunk = lane if isinstance(lane, MaskedLane) else head_lane_of(described, self.task)
             trunk = None if from_trunk is None else Trunk(described)
-            views = self._views = _Views(described, trunk, lane, from_trunk, made_for)
+            views = self._views = _Views(described, trunk, lane, from_trunk, made_for, HookWatch(self.backbone))
+        elif views.hooks.rings():  # for hooks that are not of the backbone
+            views = self._views = views._replace(hooks=HookWatch(self.backbone))
         return views
+
+    @property
+    def _current(self) -> _Views:
+        """The views, made anew if hooks were placed on the backbone or removed from it."""
+        views = self._views
+        stale = views is None or (not torch.compiler.is_compiling() and views.hooks.rings())
+        return self._renew() if views is None or stale else views
 
     @property
     def stream(self) -> AdaptedStream | TaskStream:
         """What a pass runs beside the trunk; another one when the views have been made anew."""
-        return (self._views or self._renew()).lane.stream
+        return self._current.lane.stream
 
     @property
     def _trunk(self) -> Trunk | None:
-        return (self._views or self._renew()).trunk
+        return self._current.trunk
 
     @property
     def _active(self) -> bool:
@@ -188,7 +203,7 @@ class TunedModel(SharedModel):
             if not self._active:
                 raise ConfigError("trunk: without its adapter the model reads images; pass pixel_values")
             return self._answer(self._from_trunk(), Batch(trunk), labels, return_dict)
-        views = self._views or self._renew()
+        views = self._current
         described = views.described
         interpolate_pos_encoding = self._interpolates(pixel_values, asked=interpolate_pos_encoding)
         pixel_values = check_images(pixel_values, described, interpolate=interpolate_pos_encoding)
@@ -204,7 +219,7 @@ class TunedModel(SharedModel):
         interpolate = self._interpolates(pixel_values, asked="interpolate_pos_encoding" in given)
         if interpolate:
             given["interpolate_pos_encoding"] = True
-        views = self._views or self._renew()
+        views = self._current
         pixel_values = check_images(pixel_values, views.described, interpolate=interpolate)
         if views.described.family.any_size:
             given.pop("interpolate_pos_encoding", None)
@@ -229,7 +244,7 @@ class TunedModel(SharedModel):
 
     def _batch(self, pixel_values: Tensor, interpolate: bool) -> Batch:
         """Images (batch, channels, height, width), which have been checked, with the trunk's pass in masked mode."""
-        trunk = (self._views or self._renew()).trunk
+        trunk = self._current.trunk
         if trunk is None or not self.task.masked:
             return Batch(Pass(), pixel_values, interpolate)
         current, _ = trunk.run(pixel_values, interpolate_pos_encoding=interpolate)
@@ -238,7 +253,7 @@ class TunedModel(SharedModel):
     @property
     def reads_trunk(self) -> bool:
         """Whether a pass of the trunk is all that it needs of an image: in masked mode, or with a head alone."""
-        return (self._views or self._renew()).from_trunk is not None
+        return self._current.from_trunk is not None
 
     def _from_trunk(self) -> MaskedLane | HeadLane:
         """The lane that answers from a pass of the trunk.
@@ -246,7 +261,7 @@ class TunedModel(SharedModel):
         Raises:
             ConfigError: The model is unmasked, and changes the backbone.
         """
-        lane = (self._views or self._renew()).from_trunk
+        lane = self._current.from_trunk
         if lane is None:
             raise ConfigError(
                 "trunk: got an unmasked model whose adapter changes the backbone, so that the untouched one's pass is "
@@ -278,7 +293,7 @@ class TunedModel(SharedModel):
         Raises:
             InputError: The images have the wrong shape, type or size.
         """
-        views = self._views or self._renew()
+        views = self._current
         interpolate_pos_encoding = self._interpolates(pixel_values, asked=interpolate_pos_encoding)
         pixel_values = check_images(pixel_values, views.described, interpolate=interpolate_pos_encoding)
         return views.lane.features(self._batch(pixel_values, interpolate_pos_encoding)).squeeze(1)
@@ -291,7 +306,7 @@ class TunedModel(SharedModel):
             InputError: The images have the wrong shape, type or size.
         """
         self._from_trunk()
-        views = self._views or self._renew()
+        views = self._current
         assert views.trunk is not None
         interpolate_pos_encoding = self._interpolates(pixel_values, asked=interpolate_pos_encoding)
         pixel_values = check_images(pixel_values, views.described, interpolate=interpolate_pos_encoding)
@@ -468,9 +483,20 @@ def drop_backbone(module: nn.Module, state: dict[str, Any], prefix: str, metadat
         del state[key]
 
 
+def _add_description(module: TunedModel, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Where a tuned model's state is a file's, the file says what an adapter folder says: Trainer saves no more.
+
+    Within other modules' states (DistributedDataParallel's) it is left out, as it is where the backbone is in shards.
+    """
+    in_shards = any(hasattr(each, "full_tensor") or hasattr(each, "ds_id") for each in module.backbone.parameters())
+    if not prefix and not in_shards:
+        state |= to_state(module.task, module.backbone, module.processor)
+
+
 def refuse_backbone(module: Any, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
     """The frozen backbone's values never come from a state; keeps the state's prefix, for `forgive_backbone`."""
     module._loaded_prefix = prefix
+    state.pop(f"{prefix}{STATE_KEY}", None)
     if given := [key for key in state if key.startswith(f"{prefix}backbone.")]:
         drop_backbone(module, state, prefix, None)
         warnings.warn(

@@ -1,10 +1,12 @@
 """Folders and the Hub: adapters and collections of them as data, written at once, read with every doubt named."""
 
 from .adapter_folder import FORMAT_VERSION as FORMAT_VERSION
+from .adapter_folder import STATE_KEY as STATE_KEY
 from .adapter_folder import AdapterFolder as AdapterFolder
 from .adapter_folder import check_backbone as check_backbone
 from .adapter_folder import make_task as make_task
 from .adapter_folder import read_folder as read_folder
+from .adapter_folder import to_state as to_state
 from .adapter_folder import write_folder as write_folder
 from .atomic import current as current
 from .atomic import publish_folder as publish_folder

@@ -14,15 +14,20 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..backbones import Backbone, fingerprint, head_fingerprint, same_weights
 from ..errors import BackboneMismatchError, CheckpointError, ConfigError
@@ -30,13 +35,19 @@ from ..methods import AdapterConfig, read_config
 from ..tasks import RandomFeatures, Task
 from .atomic import current, replace_files
 from .card import CardDetails, hub_name, public_name, write_card
-from .processors import PROCESSOR_NAME, read_processor, save_processor
-from .reading import read_json, read_tensors, read_together
+from .processors import PROCESSOR_NAME, make_processor, save_processor
+from .reading import parse_json, read_json, read_tensors, read_together
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
+
+STATE_NAME = SAFE_WEIGHTS_NAME
+"""The file in which transformers' Trainer saves the state of a model."""
+
+STATE_KEY = "adapter_config"
+"""What in the state of a model says all else that an adapter folder says: JSON, in bytes."""
 
 BACKBONE_HEAD = "backbone"
 """What `head` says where it is the backbone's own."""
@@ -44,11 +55,16 @@ BACKBONE_HEAD = "backbone"
 UPGRADES: dict[int, Callable[[dict[str, Any], dict[str, Tensor]], None]] = {}
 """For each earlier format version what makes the next one of it: it changes configuration and tensors in place."""
 
+_TRAINED = re.compile(r"task\.(?:adapters\.\d+\.(.+)|(class_token|head\.weight|head\.bias))")
+"""The name of a trained tensor in a model's state, with its role key."""
+
 _CARD_MARK = "library_name: memtune"
 """What stands in every card."""
 
-_FOR_OTHERS = dict.fromkeys(("base_model_name_or_path", "peft_type"), "load this folder with memtune.load")
-"""What PEFT and transformers look for in a file of this name: their errors then say what to do."""
+_USE_MEMTUNE = "load this folder with memtune.load"
+
+_FOR_OTHERS = {"base_model_name_or_path": _USE_MEMTUNE, "peft_type": "LORA", "task_type": _USE_MEMTUNE}
+"""What transformers and PEFT read in a file of this name: the errors that they then raise say what to do."""
 
 _SHAPES = ("family", "depth", "widths", "heads", "patch_size", "channels")
 """What an adapter's shapes and meaning hang on; the image size may differ, as positions can be interpolated."""
@@ -119,12 +135,28 @@ def write_folder(
 def write_files(
     folder: Path, task: Task, model: PreTrainedModel, processor: Any, name: str | None, details: CardDetails | None
 ) -> None:
-    """Write the files of an adapter into an empty folder (see `write_folder`)."""
+    """Write the files of an adapter into an empty folder (see `write_folder`).
+
+    Raises:
+        CheckpointError: A value is not finite.
+    """
     if wrong := [key for key, tensor in task.tensors().items() if not tensor.isfinite().all()]:
         raise CheckpointError(
             f"{wrong[0]} has values that are not finite, as {len(wrong)} of the adapter's tensors have: it would not "
             "be loaded again, so nothing is written"
         )
+    config = describe_adapter(task, model, processor, name)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in task.tensors().items()}
+    card = write_card(config, tensors, hub_name(model) if name is None else public_name(name), details)
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    safetensors.torch.save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    (folder / CARD_NAME).write_text(card, encoding="utf-8", errors="replace")
+    if processor is not None:
+        save_processor(processor, folder)
+
+
+def describe_adapter(task: Task, model: PreTrainedModel, processor: Any, name: str | None = None) -> dict[str, Any]:
+    """The configuration of an adapter (see `write_folder`)."""
     backbone = Backbone(model)
     config = {
         **_FOR_OTHERS,
@@ -148,13 +180,7 @@ def write_files(
     if task.backbone_head:
         config["head"] = BACKBONE_HEAD
         config["backbone"]["head_fingerprint"] = head_fingerprint(backbone)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in task.tensors().items()}
-    card = write_card(config, tensors, hub_name(model) if name is None else public_name(name), details)
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    safetensors.torch.save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    (folder / CARD_NAME).write_text(card, encoding="utf-8", errors="replace")
-    if processor is not None:
-        save_processor(processor, folder)
+    return config
 
 
 def remove_files(folder: Path) -> None:
@@ -162,7 +188,8 @@ def remove_files(folder: Path) -> None:
     if folder.is_symlink() or not folder.is_dir():
         return
     try:
-        config, _ = _read_json(current(folder, CONFIG_NAME))
+        config = read_json(current(folder, CONFIG_NAME))
+        _check_version(config, folder / CONFIG_NAME)
     except CheckpointError:
         return  # whatever it is, it is no adapter
     card = current(folder, CARD_NAME)
@@ -214,6 +241,8 @@ def read_folder(folder: str | Path, within: Path | None = None) -> AdapterFolder
 
 
 def _read(folder: Path, config_path: Path, weights_path: Path, processor_path: Path) -> AdapterFolder:
+    if not config_path.exists() and (folder / STATE_NAME).exists():
+        return _read_state(folder)
     missing = [name for name, path in ((CONFIG_NAME, config_path), (WEIGHTS_NAME, weights_path)) if not path.exists()]
     if missing:
         whose = " (it is that of a model of many tasks: use memtune.MultiTaskModel.from_pretrained)"
@@ -221,13 +250,61 @@ def _read(folder: Path, config_path: Path, weights_path: Path, processor_path: P
         raise CheckpointError(
             f"{folder} is no adapter folder: {' and '.join(missing)} not found{of_many}; save_pretrained writes one"
         )
-    config, version = _read_json(config_path)
-    tensors = read_tensors(weights_path)
+    config = read_json(config_path)
+    processor = partial(_read_processor, processor_path) if _says_processor(config) else None
+    return _made(folder, config_path, config, read_tensors(weights_path), processor)
+
+
+def _read_state(folder: Path) -> AdapterFolder:
+    """Read what transformers' Trainer saves: the state of a model, with all else that an adapter folder says in it.
+
+    Raises:
+        CheckpointError: It is damaged, or of another model.
+    """
+    path = folder / STATE_NAME
+    state = read_tensors(path)
+    if STATE_KEY not in state:
+        raise CheckpointError(f"{path} is no state of a model of memtune's; save_pretrained writes an adapter folder")
+    said = parse_json(state.pop(STATE_KEY).numpy().tobytes(), path)
+    if not isinstance(said, dict) or "config" not in said:
+        raise CheckpointError(f"{path} is damaged: {STATE_KEY} is {str(said)[:100]}")
+    tensors = {found[1] or found[2]: tensor for name, tensor in state.items() if (found := _TRAINED.fullmatch(name))}
+    settings = said.get("processor")
+    return _made(folder, path, said["config"], tensors, None if settings is None else partial(make_processor, settings))
+
+
+def to_state(task: Task, model: PreTrainedModel, processor: Any) -> dict[str, Tensor]:
+    """What makes an adapter folder of a folder in which Trainer has saved a model's state: one more tensor of it."""
+    settings = None
+    if processor is not None:
+        with TemporaryDirectory() as place:
+            save_processor(processor, Path(place))
+            settings = read_json(Path(place, PROCESSOR_NAME))
+    said = {"config": describe_adapter(task, model, processor), "processor": settings}
+    return {STATE_KEY: torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)}
+
+
+def _says_processor(config: Any) -> bool:
+    return isinstance(config, dict) and config.get("processor") is True
+
+
+def _made(
+    folder: Path, path: Path, config: Any, tensors: dict[str, Tensor], processor: Callable[[], Any] | None
+) -> AdapterFolder:
+    """What a folder says, checked.
+
+    Args:
+        folder: The folder.
+        path: Where the configuration is.
+        config: The configuration.
+        tensors: The tensors under role keys.
+        processor: Makes the image processor.
+    """
+    version = _check_version(config, path)
     for earlier in range(version, FORMAT_VERSION):
         UPGRADES[earlier](config, tensors)
-    _check_entries(config, config_path)
+    _check_entries(config, path)
     configs = _read_methods(config, folder)
-    processor = _read_processor(processor_path) if config["processor"] else None
     return AdapterFolder(
         folder,
         configs,
@@ -236,16 +313,15 @@ def _read(folder: Path, config_path: Path, weights_path: Path, processor_path: P
         config["extends"],
         config["backbone"],
         tensors,
-        processor,
+        None if processor is None else processor(),
         config.get("head") == BACKBONE_HEAD,
         _read_random_features(config, folder),
         _read_image_size(config, folder),
     )
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], int]:
-    """The configuration, and its format version: one that this file can read."""
-    config = read_json(path)
+def _check_version(config: Any, path: Path) -> int:
+    """The format version of a configuration, which this file can read."""
     version = config.get("format_version") if isinstance(config, dict) else None
     if type(version) is not int:
         raise CheckpointError(f"{path} has no format_version: it was not written by memtune")
@@ -255,7 +331,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int]:
         )
     if version < min(UPGRADES, default=FORMAT_VERSION):
         raise CheckpointError(f"{path} has format version {version}, which no memtune wrote")
-    return config, version
+    return version
 
 
 def _check_entries(config: Mapping[str, Any], path: Path) -> None:
@@ -311,12 +387,7 @@ def _read_image_size(config: Mapping[str, Any], folder: Path) -> tuple[int, int]
 
 
 def _read_processor(path: Path) -> Any:
-    try:
-        return read_processor(path)
-    except CheckpointError:
-        raise
-    except Exception as error:  # transformers' classes raise errors of every kind at settings that are wrong
-        raise CheckpointError(f"{path} is missing or damaged: {type(error).__name__}: {str(error)[:300]}") from error
+    return make_processor(read_json(path), path)
 
 
 def make_task(folder: AdapterFolder, backbone: Backbone, known: Mapping[str, Task] | None = None) -> Task:

@@ -12,8 +12,9 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -131,10 +132,16 @@ def public_name(name: str | None) -> str | None:
 
 
 def hub_name(model: PreTrainedModel) -> str | None:
-    """The name of a model that was loaded from the Hub; None where the name may be that of a folder."""
-    name, config = model.name_or_path, model.config
-    of_timm = getattr(config, "pretrained_cfg", None) or {}
-    return public_name(name) if getattr(config, "_commit_hash", None) or of_timm.get("hf_hub_id") == name else None
+    """The name of a model that was loaded from the Hub; None where the name may be that of a folder.
+
+    transformers does not say where a model came from. One of the Hub is in huggingface_hub's cache.
+    """
+    name = public_name(model.name_or_path)
+    if name is None:
+        return None
+    of_timm = getattr(model.config, "pretrained_cfg", None) or {}
+    cached = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "snapshots")
+    return name if cached.is_dir() or of_timm.get("hf_hub_id") == name else None
 
 
 def _is_id(name: Any) -> bool:

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from .._version import __version__
 from ..errors import CheckpointError, ConfigError, HubError
-from .adapter_folder import CARD_NAME, CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAME, AdapterFolder
+from .adapter_folder import CARD_NAME, CONFIG_NAME, PROCESSOR_NAME, STATE_NAME, WEIGHTS_NAME, AdapterFolder
 from .atomic import current
 from .card import public_name
 from .collection import INDEX_NAME, read_index
@@ -76,9 +76,10 @@ def find_folder(
         raise HubError(f"got {source!r}, which is no folder here, and no id of a repository on the Hub (user/name)")
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     access: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    patterns = [prefix + name for name in _FILES]
+    patterns = [prefix + name for name in (*_FILES, STATE_NAME)]
     folder = Path(_download(source, patterns, revision=revision, force_download=force_download, **access), prefix)
-    if missing := [prefix + name for name in _REQUIRED if not (folder / name).is_file()]:
+    missing = [prefix + name for name in _REQUIRED if not (folder / name).is_file()]
+    if missing and not (folder / STATE_NAME).is_file():
         raise HubError(
             f"{source!r} on the Hub has no {' and no '.join(missing)} at revision {revision or 'main'!r}: "
             "it is no adapter of memtune; name another repository, revision= or subfolder="

@@ -11,8 +11,7 @@ import transformers
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from ..errors import InputError
-from .reading import read_json
+from ..errors import CheckpointError, InputError
 
 PROCESSOR_NAME = "preprocessor_config.json"
 
@@ -69,19 +68,27 @@ def save_processor(processor: Any, folder: Path) -> None:
     (folder / PROCESSOR_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def read_processor(path: Path) -> Any:
-    """What `save_processor` saved, from its file.
+def make_processor(values: Any, path: Path | None = None) -> Any:
+    """The image processor of what `save_processor` saved.
+
+    Args:
+        values: The values of its file.
+        path: The file, for errors.
 
     Raises:
-        CheckpointError: The file is missing, or no JSON.
-        ValueError: It is damaged otherwise.
+        CheckpointError: They are those of no image processor.
     """
-    values = read_json(path)
-    if not isinstance(values, dict) or values.get("image_processor_type") != _OF_TIMM:
-        with TemporaryDirectory() as place:  # where transformers finds nothing else that a stranger has put beside it
-            Path(place, PROCESSOR_NAME).write_text(json.dumps(values), encoding="utf-8")
-            return AutoImageProcessor.from_pretrained(place, trust_remote_code=False)  # no code of a stranger's runs
-    missing = {"architecture", "pretrained_cfg"} - values.keys()
-    if missing:
-        raise ValueError(f"{sorted(missing)} not found")
-    return getattr(transformers, _OF_TIMM)(values["pretrained_cfg"], values["architecture"])
+    try:
+        if not isinstance(values, dict) or values.get("image_processor_type") != _OF_TIMM:
+            with (
+                TemporaryDirectory() as place
+            ):  # where transformers finds nothing else that a stranger has put beside it
+                Path(place, PROCESSOR_NAME).write_text(json.dumps(values), encoding="utf-8")
+                return AutoImageProcessor.from_pretrained(
+                    place, trust_remote_code=False
+                )  # no code of a stranger's runs
+        return getattr(transformers, _OF_TIMM)(values["pretrained_cfg"], values["architecture"])
+    except Exception as error:  # transformers' classes raise errors of every kind at settings that are wrong
+        raise CheckpointError(
+            f"{path or PROCESSOR_NAME} is missing or damaged: {type(error).__name__}: {str(error)[:300]}"
+        ) from error

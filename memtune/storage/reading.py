@@ -20,6 +20,7 @@ MOST_JSON = 32 * 2**20
 """Bytes of a JSON file at most: a million labels, and more."""
 
 _DTYPES = (torch.float16, torch.float32, torch.bfloat16, torch.float64)
+_BYTES = torch.uint8
 
 _PATIENCE = 10.0  # seconds in which a folder that others write to has to stand still for as long as it takes to read it
 
@@ -56,10 +57,20 @@ def read_json(path: Path) -> Any:
     try:
         if (size := path.stat().st_size) > MOST_JSON:
             raise CheckpointError(f"{path} has {size:,} bytes, more than the {MOST_JSON:,} that are read")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_json(path.read_bytes(), path)
+    except OSError as error:
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def parse_json(data: bytes, path: Path) -> Any:
+    """The values that bytes of a file hold as JSON.
+
+    Raises:
+        CheckpointError: They are no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {str(error)[:200]}") from error
 
 
@@ -67,14 +78,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 
     Raises:
-        CheckpointError: It is no plain file, damaged, or has a tensor of another type than floating-point numbers.
+        CheckpointError: It is no plain file, damaged, or has a tensor of another type than floating-point numbers, but
+            for bytes.
     """
     check_plain(path)
     try:
         tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged or cut short: {error}") from error
-    if wrong := [key for key, tensor in tensors.items() if tensor.dtype not in _DTYPES]:
+    if wrong := [key for key, tensor in tensors.items() if tensor.dtype not in (*_DTYPES, _BYTES)]:
         raise CheckpointError(
             f"{path}: {wrong[0]!r} is of the type {tensors[wrong[0]].dtype}, expected one of {_DTYPES}"
         )

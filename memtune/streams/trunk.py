@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import Backbone
+from ..casting import keep_casts
 from .attention import check_visited, install
 from .following import Followers
 from .passes import Pass
@@ -36,6 +37,8 @@ class Trunk:
 
     def __init__(self, backbone: Backbone, keep_states: Collection[int] = ()) -> None:
         self.view = backbone.view()
+        for block in self.view.blocks:
+            keep_casts(block.module)
         self.keep_states = frozenset(keep_states)
         self._records = backbone.family.attention_function
         self._handed = None if backbone.takes_arguments else threading.local()

@@ -21,16 +21,13 @@ from ..streams import (
     StateStream,
     Stream,
     TaskStream,
-    linear_per_task,
 )
 from .heads import RandomFeatureHead
+from .stacked_heads import StackedHeads, uncompiled
 from .task import Task
 
 outside_graphs = torch.compiler.disable(recursive=False)
 """Keeps the names of tasks out of what `torch.compile` compiles: it would compile again for each choice of them."""
-
-uncompiled = torch.compiler.disable(recursive=True)
-"""Keeps a function and all that it calls out of what `torch.compile` compiles."""
 
 
 @dataclass
@@ -94,10 +91,8 @@ class Lane(ABC):
         if stream is not None:
             attach(parts, stream)
         self._classes = [len(task.labels) or None for task in parts]  # None for a whole feature
-        self._weight = self._bias = None
-        if all(task.head is not None for task in parts):
-            heads = self._stack([task.head for task in parts])
-            self._weight, self._bias = heads.tensor("weight"), heads.tensor("bias")
+        own = [task.head for task in parts if task.head is not None]
+        self._heads = StackedHeads(own, selection) if len(own) == len(parts) else None
         first = parts[0].head  # all read the same random features, or none do
         self._expansion = first if isinstance(first, RandomFeatureHead) else None
 
@@ -115,6 +110,8 @@ class Lane(ABC):
             by_row: Whether each image has its own.
         """
         self.selection.choose(index, by_row=by_row)
+        if self._heads is not None:
+            self._heads.begin(index, by_row=by_row)
         for stack in self._stacks:
             stack.refresh()
         if self._stream is not None:
@@ -143,11 +140,9 @@ class Lane(ABC):
         For the tasks that `begin` was told.
         """
         features = self.features(batch)
-        if self._weight is None or self._bias is None:
+        if self._heads is None:
             return features
-        if self._expansion is not None:
-            features = self._expansion.expand(features)
-        return linear_per_task(features, self._weight(), self._bias())
+        return self._heads(features if self._expansion is None else self._expansion.expand(features))
 
     @outside_graphs
     def all(self, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:

@@ -184,6 +184,8 @@ class Task(nn.Module):
         for key in own.keys() & tensors.keys():
             if tensors[key].shape != own[key].shape:
                 problems.append(f"{key}: got the shape {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}")
+            elif not tensors[key].is_floating_point():
+                problems.append(f"{key}: got {tensors[key].dtype}, expected floating-point numbers")
             elif not torch.isfinite(tensors[key].to(own[key].dtype)).all():
                 problems.append(f"{key}: has values that are not finite")
         if problems:

@@ -28,7 +28,7 @@ from accelerate.utils import RNG_STATE_NAME, SAFE_WEIGHTS_NAME, DistributedType,
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..storage import check_plain, publish_folder, read_json, read_tensors, remove_folder
+from ..storage import STATE_KEY, check_plain, publish_folder, read_json, read_tensors, remove_folder
 from .run_settings import check_same_run
 
 logger = logging.getLogger(__name__)
@@ -153,6 +153,7 @@ def _is_same(name: str, present: Mapping[str, str], description: Mapping[str, An
 def _check_values(path: Path, expected: Mapping[str, Tensor]) -> None:
     """Raise `CheckpointError` unless a file has values for all that is trained, and for nothing else."""
     found = {key.removeprefix("module."): tensor for key, tensor in read_tensors(path).items()}  # of DDP's wrapper
+    found.pop(STATE_KEY, None)
     problems = [f"missing: {key}" for key in expected.keys() - found.keys()]
     problems += [f"unexpected: {key!a}" for key in found.keys() - expected.keys()]
     for key in expected.keys() & found.keys():

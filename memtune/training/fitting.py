@@ -44,7 +44,8 @@ def fit(
         train_dataset: A `datasets.Dataset` of images and labels, whose images go through the model's processor; or any
             indexable data set of `{"pixel_values": (channels, height, width), "labels": index}`, of pictures and
             labels, or of pairs of them (docs/data.md). Where it has names of classes (ClassLabel, texts, torchvision's
-            `classes`), its labels are found among the model's by name. Images labelled -100 are left out.
+            `classes`), its labels are found among the model's by name. Images labelled -100 are left out. Of one that
+            can only be iterated over the images of `max_steps` batches are read, undecoded, before the first step.
         eval_dataset: The same; evaluated after each epoch.
         config: The settings.
         compute_loss_func: The loss in training, `f(outputs, labels)`, in place of cross-entropy with label smoothing

@@ -23,8 +23,8 @@ from transformers import get_scheduler
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..backbones import Backbone, fingerprint
-from ..data import IGNORED, Items, digest
-from ..errors import CheckpointError, MemtuneError
+from ..data import IGNORED, Items, digest, is_stream, take
+from ..errors import CheckpointError, InputError, MemtuneError
 from ..evaluation import measure, run_batch
 from ..models import TunedModel
 from ..preparation import (
@@ -91,6 +91,8 @@ class TrainingRun:
     def prepare(self, train_dataset: Any, eval_dataset: Any, resume: bool | str | Path) -> None:
         """Make loaders, optimizer and schedule, and go on from a checkpoint if there is one to go on from."""
         config, accelerator, tuned = self.config, self.accelerator, self._tuned
+        if is_stream(train_dataset):
+            train_dataset = take(train_dataset, self._items_of_stream())
         train_items = make_items(tuned, train_dataset, config, self._augmentation)
         self.image_size = check_items(tuned, train_items, config)
         eval_items = None if eval_dataset is None else make_items(tuned, eval_dataset, config)
@@ -124,6 +126,21 @@ class TrainingRun:
         self._count_time()
         self.progress.seconds = seconds  # what came before is of the run, but not of its first epoch
 
+    def _items_of_stream(self) -> int:
+        """How many items of a data set that can only be iterated over a run reads.
+
+        Raises:
+            InputError: Nothing says how many.
+        """
+        config = self.config
+        if config.max_steps <= 0:
+            raise InputError(
+                "got a data set that can only be iterated over, whose length is unknown; set max_steps, of whose "
+                "batches it is read, or pass a data set with a length"
+            )
+        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        return config.max_steps * batch * self.accelerator.num_processes
+
     def _open_checkpoints(self, folder: str | Path, items: Items, weights: Any, resume: bool | str | Path) -> None:
         settings = describe_run(
             self._tuned,
@@ -139,7 +156,7 @@ class TrainingRun:
             self._checkpoints.set_aside()
             return
         in_parts = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        state = self._checkpoints.read(place, None if in_parts else self._tuned.state_dict())
+        state = self._checkpoints.read(place, None if in_parts else self._tuned.task.state_dict(prefix="task."))
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         before = [parameter.detach().clone() for parameter in trained]
         try:

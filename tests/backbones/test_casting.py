@@ -1,6 +1,8 @@
 """Frozen linear layers under autocast: what autocast itself computes, with weights that are cast once."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from backbone_zoo import BY_NAME
 from torch import nn
 
 import memtune
+from memtune import casting
 from memtune.backbones.views import shadow
 from memtune.casting import FrozenLinear, keep_casts
 
@@ -118,3 +121,17 @@ def test_a_task_stream_trains_as_before(monkeypatch):
         gradients.append([parameter.grad for parameter in tuned.parameters() if parameter.requires_grad])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
     assert len(gradients[0]) > 4
+
+
+def test_casts_are_shared_by_views_and_go_with_the_backbone() -> None:
+    backbone = BY_NAME["vit"].build().eval()
+    models = [memtune.wrap(backbone, memtune.MemoryConfig(2), num_labels=2, masked=True).eval() for _ in range(2)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for model in models:
+            model(BY_NAME["vit"].images())
+    kept = len(casting._KEPT)
+    weight = weakref.ref(backbone.layers[0].mlp.fc1.weight)
+    del backbone, models, model
+    gc.collect()
+    assert weight() is None
+    assert len(casting._KEPT) < kept

@@ -10,6 +10,7 @@ import torch
 from backbone_zoo import BY_NAME, CASES, Case, assert_same, each, outputs_equal, snapshot
 from torch import nn
 
+import memtune
 from memtune.backbones.views import shadow, shadow_config, structure
 from memtune.errors import UnsupportedBackboneError
 
@@ -189,3 +190,21 @@ def test_the_structure_tells_when_a_view_would_be_another(change: Any) -> None:
     assert structure(model) == before
     change(model)
     assert structure(model) != before
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("place", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_placed_after_wrap_count_at_once_and_no_longer_than_they_stay(place: str, masked: bool) -> None:
+    """As tools for Grad-CAM place them."""
+    backbone, calls = BY_NAME["vit"].build().eval(), []
+    model = memtune.wrap(backbone, memtune.MemoryConfig(2), num_labels=2, masked=masked).eval()
+    both, images = memtune.combine(backbone, {"a": model}), BY_NAME["vit"].images()
+    for ask in (model, both):
+        ask(images)
+        handle = getattr(backbone.layers[-1], place)(lambda *given: calls.append(1))
+        ask(images)
+        assert calls
+        handle.remove()
+        calls.clear()
+        ask(images)
+        assert not calls

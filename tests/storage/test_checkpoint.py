@@ -1,13 +1,21 @@
 import json
 import shutil
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
 
 import memtune
-from memtune.errors import BackboneMismatchError, CheckpointError
+from memtune.errors import BackboneMismatchError, CheckpointError, ConfigError
+from memtune.peft_format import import_peft
 from memtune.storage.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32}
@@ -215,3 +223,13 @@ def test_a_folder_can_be_moved(folder, tmp_path, images):
     before = memtune.load(folder, backbone=backbone())(images).logits
     shutil.move(folder, tmp_path / "elsewhere")
     assert torch.equal(memtune.load(tmp_path / "elsewhere", backbone=backbone())(images).logits, before)
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")  # as PEFT says before it looks further
+def test_others_loaders_say_what_to_call(folder):
+    with pytest.raises(ValueError, match=r"load this folder with memtune\.load"):
+        peft.PeftModel.from_pretrained(backbone(), folder)
+    with pytest.raises(OSError, match=r"load this folder with memtune\.load"):
+        AutoModelForImageClassification.from_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"load it with memtune\.load"):
+        import_peft(folder, backbone())
