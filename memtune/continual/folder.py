@@ -97,9 +97,11 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     path = current(Path(folder), STATE_NAME)
     try:
         values = read_json(path)
-        version, _ = values["format_version"], values["settings"]
+        version = values["format_version"]
+        if not isinstance(values["settings"], dict):
+            raise TypeError(f"settings is {str(values['settings'])[:50]}")
         ContinualResult.from_dict(values["result"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is missing or damaged: {error!r}") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(

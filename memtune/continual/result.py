@@ -151,13 +151,31 @@ class ContinualResult:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ContinualResult:
-        """Read what `to_dict` gave."""
-        return cls(**values)
+        """Read what `to_dict` gave.
+
+        Raises:
+            TypeError: It is none of that.
+        """
+        result = cls(**values)
+        rows = result.accuracy_matrix
+        right = [
+            all(map(_is_list_of_numbers, [*rows, *result.classes, result.eval_images, [result.seconds]])),
+            all(len(row) == number + 1 for number, row in enumerate(rows)),
+            len(rows) == len(result.histories) <= len(result.classes) == len(result.eval_images),
+            all(isinstance(entry, dict) for history in result.histories for entry in history),
+        ]
+        if not all(right):
+            raise TypeError(f"no result of a run: {str(values)[:200]}")
+        return result
 
     def _rows(self) -> list[list[float]]:
         if not self.accuracy_matrix:
             raise MemtuneError("no task has been trained yet, so there is nothing to measure")
         return self.accuracy_matrix
+
+
+def _is_list_of_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) in (int, float) for value in values)
 
 
 def _draw_matrix(axes: Any, rows: Sequence[Sequence[float]]) -> None:

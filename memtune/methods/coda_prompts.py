@@ -17,7 +17,7 @@ Parameters: L (M Lp D + 2 M D) for L blocks of width D (the default with ViT-B: 
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -68,7 +68,7 @@ class CodaPromptConfig(AdapterConfig):
         if self.task >= self.num_tasks:
             raise ConfigError(f"task: got {self.task}, expected a number below num_tasks={self.num_tasks}")
         number = isinstance(self.ortho_mu, (int, float)) and not isinstance(self.ortho_mu, bool)
-        if not number or not 0 <= self.ortho_mu < math.inf:
+        if not number or not 0 <= self.ortho_mu <= sys.float_info.max:
             raise ConfigError(f"ortho_mu: got {self.ortho_mu!r}, expected a weight, 0 or more")
 
     def trained(self) -> slice:

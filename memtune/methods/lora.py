@@ -17,7 +17,7 @@ Parameters: r (d_in + d_out) for each block and role; DoRA adds d_out.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
@@ -84,7 +84,7 @@ class LoraConfig(AdapterConfig):
         super().__post_init__()
         if self.r is not None and (not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1):
             raise ConfigError(f"r: got {self.r!r}, expected a rank, a whole number from 1 on, or None")
-        if not _is_number(self.lora_alpha) or not 0 < self.lora_alpha < math.inf:
+        if not _is_number(self.lora_alpha) or not 0 < self.lora_alpha <= sys.float_info.max:
             raise ConfigError(f"lora_alpha: got {self.lora_alpha!r}, expected a number above 0")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout: got {self.lora_dropout!r}, expected a probability below 1")

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from ..backbones import same_weights
 from ..errors import BackboneMismatchError, CheckpointError, ConfigError, MemtuneError
-from ..storage import replace_files
+from ..storage import check_plain, replace_files
 from ..training import check_same_run
 from .result import FinalRun, SweepResult, Trial
 from .space import Space, find_optuna
@@ -32,6 +32,7 @@ from .space import Space, find_optuna
 logger = logging.getLogger(__name__)
 
 JOURNAL_NAME = "journal.log"
+LOCK_NAME = ".lock"
 STUDY_NAME = "memtune"
 FORMAT_VERSION = 1
 
@@ -74,6 +75,9 @@ class SweepFolder:
         self._optuna = find_optuna()
         with ExitStack() as stack:
             path.mkdir(parents=True, exist_ok=True)
+            for name in (JOURNAL_NAME, LOCK_NAME):
+                if (path / name).is_symlink() or (path / name).exists():
+                    check_plain(path / name)
             stack.enter_context(_sole_process(path))
             self._storage, self._study = self._open()
             self._take_over()
@@ -164,7 +168,7 @@ class SweepFolder:
             return storage, self._optuna.create_study(study_name=STUDY_NAME, storage=storage, direction="maximize")
         except MemtuneError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # of every kind, by what the journal says
             raise CheckpointError(f"{journal} is damaged: {error!r}; search in another folder") from error
 
     def _take_over(self) -> None:
@@ -220,7 +224,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sole_process(path: Path) -> FileLock:
     """A lock that the system lets go of when the process ends, however it ends."""
-    lock = FileLock(path / ".lock", timeout=0)
+    lock = FileLock(path / LOCK_NAME, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:

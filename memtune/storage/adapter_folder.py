@@ -33,7 +33,7 @@ from ..backbones import Backbone, fingerprint, head_fingerprint, same_weights
 from ..errors import BackboneMismatchError, CheckpointError, ConfigError
 from ..methods import AdapterConfig, read_config
 from ..tasks import RandomFeatures, Task
-from .atomic import current, replace_files
+from .atomic import current, replace_files, settle
 from .card import CardDetails, hub_name, public_name, write_card
 from .processors import PROCESSOR_NAME, make_processor, save_processor
 from .reading import parse_json, read_json, read_tensors, read_together
@@ -193,12 +193,11 @@ def remove_files(folder: Path) -> None:
     except CheckpointError:
         return  # whatever it is, it is no adapter
     card = current(folder, CARD_NAME)
-    names = [CONFIG_NAME, WEIGHTS_NAME, *[PROCESSOR_NAME] * (config.get("processor") is True)]
+    names = [WEIGHTS_NAME, *[PROCESSOR_NAME] * (config.get("processor") is True)]
     if card.is_file() and _CARD_MARK in card.read_text(encoding="utf-8", errors="replace"):
         names.append(CARD_NAME)
-    with replace_files(folder):
-        pass  # what was committed moves to its place
-    for name in names:
+    settle(folder)
+    for name in [*names, CONFIG_NAME]:  # last what says that the folder is an adapter's
         _delete(folder / name)
     with suppress(OSError):  # others' files are in it
         folder.rmdir()
@@ -346,7 +345,8 @@ def _check_entries(config: Mapping[str, Any], path: Path) -> None:
         raise CheckpointError(
             f"{path}: backbone lacks one of family, model_class and depth, or it is no text or number"
         )
-    if not isinstance(recorded, dict) or not all(isinstance(each, str) for each in recorded.values()):
+    named = isinstance(recorded, dict) and "values" in recorded
+    if not named or not all(isinstance(each, str) for each in recorded.values()):
         raise CheckpointError(f"{path}: the backbone's fingerprint is damaged: {str(recorded)[:80]}")
     if not isinstance(described.get("name_or_path"), (str, type(None))):
         raise CheckpointError(f"{path}: the backbone's name_or_path is no text")

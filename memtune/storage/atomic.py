@@ -39,14 +39,20 @@ def replace_files(folder: Path) -> Iterator[Path]:
         raise CheckpointError(f"{folder} cannot be written to, and is as it was: {error}") from error
 
 
-@contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
+def settle(folder: Path) -> Path:
+    """Move what was committed to its place, and delete what a killed process had staged; gives the staging's place."""
     _finish(folder)
     staging = folder / _STAGING
     if staging.is_symlink() or staging.is_file():
         staging.unlink()
     shutil.rmtree(staging, ignore_errors=True)
+    return staging
+
+
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = settle(folder)
     staging.mkdir()
     try:
         yield staging

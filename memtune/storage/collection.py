@@ -1,6 +1,8 @@
 """The folder of a multi-task model: an adapter folder for each task, and an index of them.
 
-    multi_task_config.json      format version, and for each task its name and its folder, in the order of the tasks
+    multi_task_config.json      format version; for each task its name and its folder, in the order of the tasks; and
+                                folders of earlier tasks, which are deleted after a save (by the next one, if it was
+                                killed)
     README.md                   the card
     <task>/...                  an adapter folder, which can also be used alone
 
@@ -31,7 +33,7 @@ _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com",
 
 INDEX_NAME = "multi_task_config.json"
 
-_NAME = re.compile(r"[\w-][\w.-]*")
+_NAME = re.compile(r"[\w-][\w.-]{0,99}")
 
 
 def write_collection(
@@ -57,10 +59,11 @@ def write_collection(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"got {folder}, which is a file; a model of many tasks is saved as a folder")
-    before = set(read_index(folder).values()) if current(folder, INDEX_NAME).is_file() else set()
+    before = _folders_before(folder) if current(folder, INDEX_NAME).is_file() else set()
     tasks = _in_order(tasks)
     folders = _folder_names(tasks)
-    index = {"format_version": FORMAT_VERSION, "tasks": folders}
+    stale = sorted(before - set(folders.values()))
+    index = {"format_version": FORMAT_VERSION, "tasks": folders} | ({"removed": stale} if stale else {})
     card = _card(tasks, folders, hub_name(model) if name is None else public_name(name))
     with replace_files(folder) as staging:
         for task_name, task in tasks.items():
@@ -69,8 +72,8 @@ def write_collection(
             write_files(place, task, model, processors.get(task_name), name, None)
         (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         (staging / CARD_NAME).write_text(card, encoding="utf-8", errors="replace")
-    for stale in before - set(folders.values()):
-        remove_files(folder / stale)
+    for each in stale:
+        remove_files(folder / each)
 
 
 def read_collection(folder: str | Path) -> dict[str, AdapterFolder]:
@@ -156,6 +159,13 @@ def _folder_names(tasks: Iterable[str]) -> dict[str, str]:
         taken.add(name.lower())
         names[task] = name
     return names
+
+
+def _folders_before(folder: Path) -> set[str]:
+    """The folders of the tasks that are there, and of those that were."""
+    tasks = set(read_index(folder).values())
+    removed = read_json(current(folder, INDEX_NAME)).get("removed", [])
+    return tasks | ({each for each in removed if _is_name(each)} if isinstance(removed, list) else set())
 
 
 def read_index(folder: str | Path) -> dict[str, str]:

@@ -57,6 +57,11 @@ def _opened(value: Any) -> Image.Image:
     else:
         raise InputError(f"cannot be read: got {type(value).__name__}, expected an image, a path or bytes")
     with Image.open(value) as image:
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise InputError(
+                f"cannot be read: it says that it has {image.width} x {image.height} pixels; if that is so, set "
+                "PIL.Image.MAX_IMAGE_PIXELS to more"
+            )
         image.load()
         return image.copy() if getattr(image, "is_animated", False) else image
 

@@ -187,12 +187,22 @@ def check_optimizer(optimizer: torch.optim.Optimizer, fresh: list[dict[str, Any]
     """
     if not is_like(optimizer.state_dict()["param_groups"], fresh):
         raise CheckpointError("the optimizer's groups have other settings than the run's")
+    kept = _KEPT["SGD" if "momentum" in fresh[0] else "AdamW"]
     for parameter, state in optimizer.state.items():
+        if not state.keys() <= kept or (len(kept) > 1 and state.keys() != kept):
+            raise CheckpointError(f"the optimizer keeps {list(state)!a} of a parameter, expected {sorted(kept)}")
         for name, value in state.items():
-            if not isinstance(value, Tensor) or (value.ndim and value.shape != parameter.shape):
-                raise CheckpointError(f"the optimizer's {name!a} fits no parameter")
-            if not value.isfinite().all():
-                raise CheckpointError(f"the optimizer's {name!a} has values that are not finite")
+            if value is None and name == "momentum_buffer":
+                continue
+            shape = () if name == "step" else parameter.shape
+            if not isinstance(value, Tensor) or value.shape != shape:
+                raise CheckpointError(f"the optimizer's {name} fits no parameter")
+            if not value.isfinite().all() or (name in ("step", "exp_avg_sq") and (value < 0).any()):
+                raise CheckpointError(f"the optimizer's {name} has values that it never has")
+
+
+_KEPT = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "SGD": {"momentum_buffer"}}
+"""What torch's optimizers keep of each parameter."""
 
 
 def _check_random_states(path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import stat
 import uuid
 import zlib
 from collections.abc import Mapping
@@ -91,11 +92,16 @@ class TrunkCache:
     def write(self, image: str, data: bytes) -> None:
         """Put an entry in its place, all of it at once."""
         path = self.path(image)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._write(path, data)
         described = self.folder / "context.json"  # for a person who wonders what a folder is of
-        if not described.exists():
-            self._write(described, self._context.encode())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._write(path, data)
+            if not described.exists():
+                self._write(described, self._context.encode())
+        except OSError as error:
+            raise ConfigError(
+                f"trunk_cache: {self.folder} cannot be written to: {error}; take another folder"
+            ) from error
 
     @staticmethod
     def _write(path: Path, data: bytes) -> None:
@@ -110,7 +116,9 @@ class TrunkCache:
         """Whether an entry is there and whole; each file is read once by a process."""
         path = self.path(image)
         try:
-            status = path.stat()
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode):  # which nobody's reading may wait for
+                return False
             known = (str(path), status.st_mtime_ns, status.st_size)
             if known in _checked:
                 return True

@@ -13,7 +13,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import memtune
 from memtune import MemoryConfig, MultiTaskModel
 from memtune.errors import CheckpointError
-from memtune.storage import atomic
+from memtune.storage import atomic, collection
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
@@ -105,3 +105,21 @@ def test_any_name_of_a_task(name: str, backbone: Any, tmp_path: Path) -> None:
     )
     both.save_pretrained(tmp_path)
     assert list(labels(tmp_path, backbone)) == [name, "other"]
+
+
+def test_what_a_killed_save_left_of_removed_tasks_goes_with_the_next_one(
+    backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    combined(backbone, "old", "older").save_pretrained(tmp_path)
+
+    def stop(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(collection, "remove_files", stop)
+    with pytest.raises(KeyboardInterrupt):
+        combined(backbone, "new").save_pretrained(tmp_path)
+    monkeypatch.undo()
+    assert labels(tmp_path, backbone) == {"new": ["of new"]}
+    assert (tmp_path / "old").exists()
+    combined(backbone, "new").save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "multi_task_config.json", "new"]

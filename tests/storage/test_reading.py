@@ -40,6 +40,13 @@ def edited(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def linked(folder: Path, name: str) -> None:
+    """Put a link in the place of a file, to that very file elsewhere."""
+    (folder / name).rename(folder.parent / f"elsewhere-{folder.name}")
+    (folder / name).symlink_to(folder.parent / f"elsewhere-{folder.name}")
+
+
+BACKBONE = {"family": "vit", "model_class": "ViTForImageClassification", "depth": 2, "name_or_path": ""}
 DEEP = '{"a": ' * 100_000 + "1" + "}" * 100_000
 CODE = '{"auto_map": {"AutoImageProcessor": "evil.E"}}'
 STRANGE: dict[str, Callable[[Path], Any]] = {
@@ -52,6 +59,9 @@ STRANGE: dict[str, Callable[[Path], Any]] = {
     "labels that are none": lambda folder: edited(folder, labels=[None, {}]),
     "labels twice": lambda folder: edited(folder, labels=["a", "a"]),
     "digests that are none": lambda folder: edited(folder, extends={"z": []}),
+    "a fingerprint without values": lambda folder: edited(folder, backbone=BACKBONE | {"fingerprint": {"blocks": "x"}}),
+    "a link": lambda folder: linked(folder, "adapter_config.json"),
+    "a link to tensors": lambda folder: linked(folder, "adapter_model.safetensors"),
     "many tokens": lambda folder: edited(folder, methods=[MemoryConfig(10**9).to_dict()]),
     "a number beyond all": lambda folder: edited(folder, methods=[MemoryConfig(2).to_dict() | {"init_std": 10**400}]),
 }

@@ -25,7 +25,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,20 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERB
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from harness import ADAPTERS, PIXELS, Watch, backbone, change, change_bytes, items, make_artefacts, run_settings
+from harness import (
+    ADAPTERS,
+    PIXELS,
+    Watch,
+    backbone,
+    change,
+    change_bytes,
+    items,
+    learn,
+    make_artefacts,
+    run_settings,
+    search,
+    train_from_cache,
+)
 
 import memtune
 from memtune import MemoryConfig
@@ -125,6 +138,29 @@ def resume(place: Path, luck: random.Random) -> None:
         assert all(torch.equal(tensor, weights[key]) for key, tensor in MODEL.state_dict().items())
 
 
+def read_cache(place: Path, luck: random.Random) -> None:
+    """A trunk cache, which may cost time, but never change what is trained from it."""
+    found = train_from_cache(MODEL, place)
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected_of_cache().items())
+
+
+@cache
+def expected_of_cache() -> dict[str, torch.Tensor]:
+    """What training gives from a cache that nobody has touched."""
+    with tempfile.TemporaryDirectory() as folder:
+        return train_from_cache(MODEL, Path(folder))
+
+
+def go_on_searching(place: Path, luck: random.Random) -> None:
+    """A search."""
+    search(MODEL, place)
+
+
+def go_on_learning(place: Path, luck: random.Random) -> None:
+    """A class-incremental run."""
+    learn(MODEL, place)
+
+
 def change_run(place: Path, luck: random.Random) -> None:
     """A checkpoint that a stranger has changed, with digests that fit what there is now."""
     change(place / "checkpoint-1", luck)
@@ -143,11 +179,14 @@ def change_images(place: Path, luck: random.Random) -> None:
 
 Action = Callable[[Path, random.Random], None]
 KINDS: dict[str, tuple[float, list[str], Action, list[Action]]] = {
-    "adapters": (0.6, [*ADAPTERS], change, [load_adapter] * 6 + [combine_adapter, inspect_adapter, save_over]),
+    "adapters": (0.55, [*ADAPTERS], change, [load_adapter] * 6 + [combine_adapter, inspect_adapter, save_over]),
     "collections": (0.12, ["all"], change, [load_collection] * 3 + [save_collection_over]),
     "peft": (0.1, ["peft"], change, [read_peft]),
     "images": (0.13, ["images"], change_images, [read_images]),
     "runs": (0.05, ["run"], change_run, [resume]),
+    "caches": (0.03, ["cache"], change, [read_cache]),
+    "searches": (0.01, ["search"], change, [go_on_searching]),
+    "continual": (0.01, ["continual"], change, [go_on_learning]),
 }
 """For each kind its share of the inputs, the artefacts, what changes them, and what reads them."""
 
@@ -172,6 +211,7 @@ def try_input(kind: str, seed: int, desk: Path, watch: Watch) -> Any:
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(ARTEFACTS / luck.choice(names), place)
     spoil(place, luck)
+    watch.most = 1000.0 if kind == "images" else 300.0  # a picture of Pillow's largest size takes as much
     return watch.call(partial(luck.choice(readers), place, luck))
 
 

@@ -26,6 +26,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 import memtune
 from memtune import LoraConfig, MemoryConfig, SideNetworkConfig, TrainingConfig
+from memtune.continual import ContinualTask, fit_continual
 from memtune.errors import MemtuneError
 from memtune.peft_format import export_peft
 
@@ -57,6 +58,50 @@ def run_settings(folder: Path) -> TrainingConfig:
     return TrainingConfig(output_dir=folder, save_strategy="steps", save_steps=1, **QUICK)
 
 
+def train_from_cache(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """Two steps from a trunk cache; the values they give."""
+    torch.manual_seed(0)
+    tuned = memtune.wrap(model, MemoryConfig(1), num_labels=2, masked=True)
+    try:
+        memtune.fit(tuned, items(8), None, TrainingConfig(trunk_cache=folder, **QUICK))
+        return {key: tensor.clone() for key, tensor in tuned.task.tensors().items()}
+    finally:
+        tuned.detach()
+
+
+def search(model: Any, folder: Path) -> Any:
+    """Two trials of one step, and a final run."""
+    training = TrainingConfig(**QUICK | {"max_steps": 1})
+    space = {"learning_rate": [1e-3, 1e-2]}
+    options = {"output_dir": folder, "training": training, "n_trials": 2, "seeds": (0,)}
+    return memtune.sweep(model, MemoryConfig(1), space, items(12), items(4), **options)
+
+
+class Stop(Exception):
+    """Ends a run."""
+
+
+class Stopping(list):
+    """Data that end a run when they are read."""
+
+    def __getitem__(self, index: Any) -> Any:
+        raise Stop
+
+
+def learn(model: Any, folder: Path, stop_after: int | None = None) -> Any:
+    """Two classes, one after the other; stopped before a task, or as far as it goes."""
+    tuned = memtune.wrap(model, MemoryConfig(1), num_labels=2)
+    groups = [[each for each in items(8) if each["labels"] == label] for label in range(2)]
+    data = [Stopping(group) if number == stop_after else group for number, group in enumerate(groups)]
+    tasks = [ContinualTask([label], data[label], groups[label]) for label in range(2)]
+    try:
+        return fit_continual(tuned, tasks, TrainingConfig(**QUICK | {"max_steps": 1}), output_dir=folder)
+    except Stop:
+        return None
+    finally:
+        tuned.detach()
+
+
 ADAPTERS: dict[str, tuple[list[Any], bool]] = {
     "memory": ([MemoryConfig(2)], True),
     "lora": ([LoraConfig(r=2)], False),
@@ -78,6 +123,9 @@ def make_artefacts(place: Path) -> None:
     trained = memtune.wrap(model, MemoryConfig(2), num_labels=2, masked=True)
     memtune.fit(trained, items(), None, run_settings(place / "run"))
     shutil.rmtree(place / "run" / "checkpoint-2")
+    train_from_cache(model, place / "cache")
+    search(model, place / "search")
+    learn(model, place / "continual", stop_after=1)
     (place / "images").mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
     for name in ("a.png", "b.jpg", "c.gif", "d.tif", "e.webp", "f.bmp", "g.ppm"):
@@ -242,6 +290,7 @@ class Outcome:
         text: The exception, and the lines it came from.
         events: What the call did that none may do.
         grown: Megabytes that the process has grown at its highest.
+        most: How many it may.
         seconds: How long it took.
     """
 
@@ -249,6 +298,7 @@ class Outcome:
     text: str = ""
     events: list[str] = field(default_factory=list)
     grown: float = 0.0
+    most: float = 300.0
     seconds: float = 0.0
 
     @property
@@ -258,11 +308,14 @@ class Outcome:
             return f"{self.kind}: {self.text}"
         if self.events:
             return f"forbidden: {self.events[:3]}"
-        return f"grew by {self.grown:.0f} MB" if self.grown > 300 else ""
+        return f"grew by {self.grown:.0f} MB" if self.grown > self.most else ""
 
 
 class Watch:
     """Looks at what calls do, through Python's audit hook, which stays for as long as the process.
+
+    Attributes:
+        most: Megabytes that a call may take.
 
     Args:
         own: The folder that calls may write to.
@@ -273,8 +326,9 @@ class Watch:
     WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
     def __init__(self, own: Path, limit: float = 5.0) -> None:
-        self._own = (str(own.resolve()), "/dev/")
+        self._own = (str(own.resolve()), "/dev/", str(Path.home() / ".cache" / "huggingface" / "metrics"))
         self._limit = limit
+        self.most = 300.0
         self._events: list[str] | None = None
         sys.addaudithook(self._hear)
         signal.signal(signal.SIGALRM, self._ring)
@@ -318,7 +372,8 @@ class Watch:
         finally:
             self._events = None
             signal.setitimer(signal.ITIMER_REAL, 0)
-        return Outcome(kind, text, events, (_status("VmHWM") - before) / 1024, time.monotonic() - begun)
+        grown = (_status("VmHWM") - before) / 1024
+        return Outcome(kind, text, events, grown, self.most, time.monotonic() - begun)
 
 
 def _status(name: str) -> int:
