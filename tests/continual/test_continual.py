@@ -249,6 +249,9 @@ def test_another_backbone_and_a_damaged_state_are_refused(tmp_path):
         ("{", "missing or damaged"),
         (json.dumps(state | {"format_version": 2}), "format version 2"),
         (json.dumps(state | {"result": {"unknown": 1}}), "missing or damaged"),
+        (json.dumps(state | {"settings": "x"}), "missing or damaged"),
+        (json.dumps(state | {"result": state["result"] | {"accuracy_matrix": [None]}}), "missing or damaged"),
+        (json.dumps(state | {"result": state["result"] | {"seconds": "long"}}), "missing or damaged"),
     ):
         (tmp_path / "continual.json").write_text(text)
         with pytest.raises(CheckpointError, match=message):

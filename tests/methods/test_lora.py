@@ -386,6 +386,7 @@ def test_the_same_role_twice_is_refused():
         ({"r": True}, "r: got True"),
         ({"r": 2.0}, "r: got 2.0"),
         ({"lora_alpha": 0}, "lora_alpha: got 0"),
+        ({"lora_alpha": 10**400}, "lora_alpha: got 1000"),
         ({"lora_alpha": math.nan}, "lora_alpha: got nan"),
         ({"lora_alpha": "8"}, "lora_alpha: got '8'"),
         ({"lora_dropout": 1.0}, "lora_dropout: got 1.0"),

@@ -419,6 +419,13 @@ def test_a_folder_that_is_taken_damaged_or_foreign_is_refused(tmp_path):
         journal.write_text(text)
         with pytest.raises(CheckpointError, match=message):
             sweep(tmp_path / "damaged", n_trials=1, seeds=())
+    for name in ("journal.log", ".lock"):
+        for change in (lambda path: path.mkdir(), os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+            (tmp_path / "damaged" / name).unlink(missing_ok=True)
+            change(tmp_path / "damaged" / name)
+            with pytest.raises(CheckpointError, match=f"{name} is"):
+                sweep(tmp_path / "damaged", n_trials=1, seeds=())
+            (tmp_path / "damaged" / name).rename(tmp_path / f"aside-{len(list(tmp_path.iterdir()))}")
     (tmp_path / "foreign").mkdir()
     path = tmp_path / "foreign" / "journal.log"
     backend = optuna.storages.journal.JournalFileBackend(str(path))

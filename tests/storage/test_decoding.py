@@ -103,3 +103,12 @@ def test_any_broken_byte_is_an_error_of_ours_or_none(kind):
                 assert decode(value).mode == "RGB"
             except InputError:
                 continue
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_a_picture_that_says_it_is_huge_is_not_decoded(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 399)
+    with pytest.raises(InputError, match="it says that it has 20 x 20 pixels"):
+        decode(saved(Image.new("L", (20, 20))))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    assert decode(saved(Image.new("L", (20, 20)))).size == (20, 20)

@@ -232,6 +232,8 @@ DAMAGE = {
     "flipped": lambda path: path.write_bytes(path.read_bytes()[:-9] + b"x" + path.read_bytes()[-8:]),
     "another's": lambda path: path.write_bytes(b"no safetensors at all"),
     "gone": lambda path: path.unlink(),
+    "a FIFO": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a device": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
 }
 
 
