@@ -110,6 +110,7 @@ def sweep(
         "validation": digest_of_numbers(places),
         "train_images": len(classes),
         "train_data": [digest_of_numbers(classes), digest(items)],
+        "transform": items.transform(),
         "eval_images": None if eval_dataset is None else len(eval_dataset),
         "eval_data": None
         if eval_dataset is None

@@ -273,13 +273,16 @@ def _read_state(folder: Path) -> AdapterFolder:
 
 
 def to_state(task: Task, model: PreTrainedModel, processor: Any) -> dict[str, Tensor]:
-    """What makes an adapter folder of a folder in which Trainer has saved a model's state: one more tensor of it."""
+    """What makes an adapter folder of a folder in which Trainer has saved a model's state: one more tensor of it.
+
+    The backbone's name is in it only if it is one on the Hub, as Trainer may push the folder.
+    """
     settings = None
     if processor is not None:
         with TemporaryDirectory() as place:
             save_processor(processor, Path(place))
             settings = read_json(Path(place, PROCESSOR_NAME))
-    said = {"config": describe_adapter(task, model, processor), "processor": settings}
+    said = {"config": describe_adapter(task, model, processor, hub_name(model) or ""), "processor": settings}
     return {STATE_KEY: torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)}
 
 

@@ -148,6 +148,7 @@ class TrainingRun:
             backbone=weights,
             train_images=len(items),
             train_data=digest(items),
+            transform=items.transform(),
             processes=self.accelerator.num_processes,
         )
         self._checkpoints = RunCheckpoints(folder, self.accelerator, settings, self.config.save_total_limit)

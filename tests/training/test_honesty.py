@@ -176,6 +176,20 @@ def test_a_run_goes_on_only_with_its_images(tmp_path):
     memtune.fit(tuned(), items(seed=0), config=config, callbacks=[TrainingCallback()], resume_from_checkpoint=True)
 
 
+def test_a_run_goes_on_only_with_its_processor(tmp_path):
+    pictures = [
+        {"image": Image.new("RGB", (32, 32), (80 * (index % 2),) * 3), "label": index % 2} for index in range(8)
+    ]
+    data = datasets.Dataset.from_list(pictures).cast_column("image", datasets.Image())
+    size = {"height": 32, "width": 32}
+    processors = [ViTImageProcessorPil(size=size, image_mean=[mean] * 3) for mean in (0.5, 0.4)]
+    config = TrainingConfig(**QUICK, output_dir=tmp_path)
+    memtune.fit(tuned(processor=processors[0]), data, config=config)
+    with pytest.raises(ConfigError, match=r"transform: got .*0\.4"):
+        memtune.fit(tuned(processor=processors[1]), data, config=config, resume_from_checkpoint=True)
+    memtune.fit(tuned(processor=processors[0]), data, config=config, resume_from_checkpoint=True)
+
+
 class Steps(TrainingCallback):
     def __init__(self):
         self.number = 0

@@ -257,6 +257,7 @@ def main() -> int:
         seeds = [(options.kind, options.only)]
     random.Random(0).shuffle(seeds)
     begun = time.monotonic()
+    logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as artefacts:
         with contextlib.redirect_stdout(io.StringIO()):
             make_artefacts(Path(artefacts))
