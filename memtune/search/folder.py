@@ -239,7 +239,16 @@ def _cut_torn_line(journal: Path) -> None:
     if not journal.is_file():
         return
     data = journal.read_bytes()
-    if data and not data.endswith(b"\n"):
+    start = data[:-1].rfind(b"\n") + 1
+    if data and not (data.endswith(b"\n") and _is_json(data[start:])):
         logger.warning("%s: its last line is unfinished and is left out", journal)
         with journal.open("r+b") as file:
-            file.truncate(data.rfind(b"\n") + 1)
+            file.truncate(start)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -512,3 +512,13 @@ def test_the_example_searches_on_folders_of_images(tmp_path):
     assert list(result["best_values"]) == ["learning_rate", "memory.tokens", "label_smoothing_factor"]
     assert f"test: {100 * result['test_accuracy']:.2f} % (mean, n = 1)" in done.stdout
     assert memtune.load(tmp_path / "run" / "seed-0", backbone()).task.labels == ["dark", "light"]
+
+
+@pytest.mark.parametrize("torn", [b'{"op_code": 4, "wor', b'{"op_code": 4, "\x00\x00\n', b"\x00\x00\x00\n"])
+def test_a_last_line_that_was_not_finished_is_left_out(tmp_path, torn):
+    first = sweep(tmp_path, n_trials=2, seeds=())
+    journal = tmp_path / "journal.log"
+    journal.write_bytes(journal.read_bytes() + torn)
+    result = sweep(tmp_path, n_trials=3, seeds=())
+    assert [trial.values for trial in result.trials[:2]] == [trial.values for trial in first.trials]
+    assert len(result.trials) == 3
