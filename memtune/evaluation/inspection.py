@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +20,7 @@ from ..errors import InputError, MemtuneError
 from ..models import TunedModel
 from ..preparation import TrainingConfig, check_items, make_items
 from ..storage import decode
-
-logger = logging.getLogger(__name__)
+from ..trunk_cache import digest_of
 
 _UNEVEN = 10
 """How many times as many images the largest class may have as the smallest without a note."""
@@ -183,7 +180,7 @@ class _Part:
         self.summary = DataPart(len(data))
         self.problems: list[str] = []
         self.names: list[str] | None = None
-        self.digests: dict[bytes, str] = {}
+        self.digests: dict[str, str] = {}
         self._name = name
         columns = config.image_column, config.label_column
         if (
@@ -254,19 +251,18 @@ class _Part:
             self.problems.append(f"{self._name}: {len(wrong)} images have no right label: {_few(wrong)}")
 
 
-def _content(image: Any) -> tuple[bytes, tuple[int, int]]:
+def _content(image: Any) -> tuple[str, tuple[int, int]]:
     """A digest of an image's bytes or values, and its height and width."""
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, Tensor) or (isinstance(image, np.ndarray) and image.dtype != np.uint8):
         values = torch.as_tensor(image)
-        digest = hashlib.sha256(values.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
-        return digest, (int(values.shape[-2]), int(values.shape[-1]))
+        return digest_of(values), (int(values.shape[-2]), int(values.shape[-1]))
     if isinstance(image, (str, Path)):
         image = Path(image).read_bytes()
     picture = decode(image)
     data = image if isinstance(image, bytes) else picture.tobytes()
-    return hashlib.sha256(data).digest(), (picture.height, picture.width)
+    return digest_of(data), (picture.height, picture.width)
 
 
 def _few(found: Sequence[str]) -> str:

@@ -193,7 +193,7 @@ def remove_files(folder: Path) -> None:
     except CheckpointError:
         return  # whatever it is, it is no adapter
     card = current(folder, CARD_NAME)
-    names = [WEIGHTS_NAME, *[PROCESSOR_NAME] * (config.get("processor") is True)]
+    names = [WEIGHTS_NAME, *[PROCESSOR_NAME] * _says_processor(config)]
     if card.is_file() and _CARD_MARK in card.read_text(encoding="utf-8", errors="replace"):
         names.append(CARD_NAME)
     settle(folder)
@@ -212,8 +212,8 @@ def _delete(path: Path) -> None:
 def _has_processor(path: Path) -> bool:
     """Whether a configuration that is there says that its processor lies beside it: others' files are left alone."""
     try:
-        return read_json(path).get("processor") is True
-    except (CheckpointError, AttributeError):
+        return _says_processor(read_json(path))
+    except CheckpointError:
         return False
 
 

@@ -80,13 +80,10 @@ def make_processor(values: Any, path: Path | None = None) -> Any:
     """
     try:
         if not isinstance(values, dict) or values.get("image_processor_type") != _OF_TIMM:
-            with (
-                TemporaryDirectory() as place
-            ):  # where transformers finds nothing else that a stranger has put beside it
+            # In a folder of its own, where nothing else lies that a stranger has put beside it; no code of theirs runs.
+            with TemporaryDirectory() as place:
                 Path(place, PROCESSOR_NAME).write_text(json.dumps(values), encoding="utf-8")
-                return AutoImageProcessor.from_pretrained(
-                    place, trust_remote_code=False
-                )  # no code of a stranger's runs
+                return AutoImageProcessor.from_pretrained(place, trust_remote_code=False)
         return getattr(transformers, _OF_TIMM)(values["pretrained_cfg"], values["architecture"])
     except Exception as error:  # transformers' classes raise errors of every kind at settings that are wrong
         raise CheckpointError(

@@ -12,6 +12,7 @@ from .checks import check_labels as check_labels
 from .checks import check_task_names as check_task_names
 from .checks import interpolates as interpolates
 from .checks import is_text as is_text
+from .checks import misfits as misfits
 from .heads import RandomFeatureHead as RandomFeatureHead
 from .heads import RandomFeatures as RandomFeatures
 from .lanes import AdaptedLane as AdaptedLane

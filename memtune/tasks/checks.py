@@ -133,3 +133,17 @@ def check_task_names(what: str, names: Any, known: Collection[str], *, once: boo
 
 def _describe(value: Any) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def misfits(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Why some tensors cannot take the place of others: missing, unexpected, misshapen, no numbers, or not finite."""
+    problems = [f"missing: {key}" for key in own if key not in given]
+    problems += [f"unexpected: {key if key.isprintable() else ascii(key)}" for key in given if key not in own]
+    for key in own.keys() & given.keys():
+        if given[key].shape != own[key].shape:
+            problems.append(f"{key}: got the shape {tuple(given[key].shape)}, expected {tuple(own[key].shape)}")
+        elif not given[key].is_floating_point():
+            problems.append(f"{key}: got {given[key].dtype}, expected floating-point numbers")
+        elif not torch.isfinite(given[key].to(own[key].dtype)).all():
+            problems.append(f"{key}: has values that are not finite")
+    return problems

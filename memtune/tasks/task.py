@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..backbones import TOWERS, Backbone
 from ..errors import CheckpointError, ConfigError, UnsupportedBackboneError
 from ..methods import Adapter, AdapterConfig, create_adapter, find_method
+from .checks import misfits
 from .heads import HEAD_STD, RandomFeatureHead, RandomFeatures, create_head
 
 
@@ -179,15 +180,7 @@ class Task(nn.Module):
     def check_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The task's own tensors, if those given can take their place; else the error of `load_tensors`."""
         own = self.tensors()
-        problems = [f"missing: {key}" for key in own if key not in tensors]
-        problems += [f"unexpected: {key if key.isprintable() else ascii(key)}" for key in tensors if key not in own]
-        for key in own.keys() & tensors.keys():
-            if tensors[key].shape != own[key].shape:
-                problems.append(f"{key}: got the shape {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}")
-            elif not tensors[key].is_floating_point():
-                problems.append(f"{key}: got {tensors[key].dtype}, expected floating-point numbers")
-            elif not torch.isfinite(tensors[key].to(own[key].dtype)).all():
-                problems.append(f"{key}: has values that are not finite")
+        problems = misfits(tensors, own)
         if problems:
             raise CheckpointError("the tensors do not fit the adapter:\n  " + "\n  ".join(sorted(problems)))
         return own

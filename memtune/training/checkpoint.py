@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..storage import STATE_KEY, check_plain, publish_folder, read_json, read_tensors, remove_folder
+from ..tasks import misfits
 from .run_settings import check_same_run
 
 logger = logging.getLogger(__name__)
@@ -154,14 +155,7 @@ def _check_values(path: Path, expected: Mapping[str, Tensor]) -> None:
     """Raise `CheckpointError` unless a file has values for all that is trained, and for nothing else."""
     found = {key.removeprefix("module."): tensor for key, tensor in read_tensors(path).items()}  # of DDP's wrapper
     found.pop(STATE_KEY, None)
-    problems = [f"missing: {key}" for key in expected.keys() - found.keys()]
-    problems += [f"unexpected: {key!a}" for key in found.keys() - expected.keys()]
-    for key in expected.keys() & found.keys():
-        if found[key].shape != expected[key].shape:
-            problems.append(f"{key}: got the shape {tuple(found[key].shape)}, expected {tuple(expected[key].shape)}")
-        elif not found[key].isfinite().all():
-            problems.append(f"{key}: has values that are not finite")
-    if problems:
+    if problems := misfits(found, expected):
         raise CheckpointError(f"{path} does not fit the model:\n  " + "\n  ".join(sorted(problems)[:20]))
 
 
