@@ -266,7 +266,7 @@ def test_threads_that_answer_while_others_set_modes(masked: bool) -> None:
                 wrong.append(repr(error))
 
     def set_modes() -> None:
-        for _ in range(150):
+        for _ in range(50):
             model.train()
             model.eval()
             model._views = None  # as where they are made anew
