@@ -45,8 +45,8 @@ SHARED = Path(os.environ.get("MEMTUNE_SHARED") or Path(__file__).parents[2] / "s
 def _locally(connect: Callable[..., Any]) -> Callable[..., Any]:
     """A socket's `connect` that reaches this machine alone.
 
-    Not by an audit hook: one would let another thread in while coverage sets a thread's trace function, which Python 3.11
-    does not forgive.
+    Not by an audit hook: one would let another thread in while coverage sets a thread's trace function, which Python
+    3.11 does not forgive.
     """
 
     def checked(self: socket.socket, address: Any) -> Any:
