@@ -32,7 +32,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 from transformers.utils import logging
 
 import memtune
-from memtune.cli.contact_sheet import draw_sheet
+from memtune.drawing import draw_sheet
 
 BACKBONE = "backbone"
 """The name that the backbone's own answer has beside the tasks'."""
@@ -149,6 +149,10 @@ def best(logits: Tensor, labels: Any) -> list[tuple[str, float]]:
     return [(label if len(label) < 25 else label[:23] + "...", float(probability))]
 
 
+def caption(tasks: dict[str, list[tuple[str, float]]]) -> str:
+    return "\n".join(f"{name}: {label} ({probability:.0%})" for name, [(label, probability)] in tasks.items())
+
+
 def answer(model: memtune.MultiTaskModel, paths: list[str], processor: Any, batch: int, head: bool) -> list[Any]:
     """For each image its path and the best answer of each task, in the form that a contact sheet takes."""
     answers = []
@@ -205,7 +209,11 @@ def main() -> None:
         print(f"{each['image']}: {', '.join(tasks)}")
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     picture = Path(args.output_dir) / "combine.png"
-    draw_sheet(answers, picture)
+    captions = [
+        "\n".join(f"{name}: {label} ({part:.0%})" for name, [(label, part)] in each["tasks"].items())
+        for each in answers
+    ]
+    draw_sheet([(Image.open(path), text) for path, text in zip(paths, captions, strict=True)], picture)
     print(f"picture: {picture}")
     print(compare(model, folders, read_images(paths[: args.batch_size], processor), args.pairs, head))
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import MemtuneError
+from .errors import ConfigError, MemtuneError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,3 +29,39 @@ def new_figure(**options: Any) -> Figure:
             "pictures need matplotlib, which is not installed: pip install matplotlib, or 'memtune[examples]'"
         ) from error
     return Figure(layout="constrained", **options)
+
+
+def check_picture(path: str | Path, option: str) -> None:
+    """Raise `ConfigError`, which names the option, if no picture can be written to a path."""
+    path, endings = Path(path), new_figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in endings or not path.parent.is_dir():
+        raise ConfigError(
+            f"{option}: got {str(path)!r}, expected a file in a folder that is there, with one of the endings "
+            f"{sorted(endings)}"
+        )
+
+
+def draw_sheet(images: Sequence[tuple[Any, str]], path: str | Path, columns: int = 4) -> None:
+    """Draw images side by side.
+
+    Args:
+        images: Each with what stands above it; its lines may be a stranger's, and are shown as they are.
+        path: The picture to write.
+        columns: Images in a row.
+
+    Raises:
+        MemtuneError: matplotlib is not installed.
+    """
+    rows = math.ceil(len(images) / columns)
+    lines = max((text.count("\n") + 1 for _, text in images), default=1)
+    figure = new_figure(figsize=(2.6 * columns, (2.4 + 0.2 * lines) * max(rows, 1)))
+    grid = list(figure.subplots(max(rows, 1), columns, squeeze=False).flat)
+    for axes in grid:
+        axes.axis("off")
+    for axes, (image, text) in zip(grid, images, strict=False):
+        axes.imshow(image, cmap="gray")
+        axes.set_title(
+            "\n".join(line if len(line) < 36 else f"{line[:34]}..." for line in text.split("\n")), fontsize=8
+        )
+        axes.title.set_parse_math(False)
+    figure.savefig(path, dpi=120)

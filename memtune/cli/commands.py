@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-from ..backbones import Backbone
 from ..data import load_folder
+from ..drawing import check_picture, draw_sheet
 from ..errors import CheckpointError, ConfigError, InputError
 from ..evaluation import evaluate as evaluate_model
 from ..evaluation import inspect_data as look_at_data
-from ..models import MultiTaskModel, TunedModel, shared_processor
+from ..models import MultiTaskModel, Prediction, TableWriter, TunedModel, caption, lines_of
 from ..models import combine as combine_tasks
 from ..preparation import TrainingConfig
-from ..storage import FORMAT_VERSION, decode, find_folder, list_adapters, load_recorded_backbone, read_folder
+from ..storage import (
+    FORMAT_VERSION,
+    AdapterFolder,
+    decode,
+    find_folder,
+    is_collection,
+    list_adapters,
+    load_recorded_backbone,
+    read_collection,
+    read_folder,
+    sized,
+)
 from . import finetuning
-from .contact_sheet import check_sheet, draw_sheet
 from .terminal import visible
 
 logger = logging.getLogger(__name__)
@@ -113,7 +122,7 @@ def inspect_data(options: Namespace) -> Result:
     if options.adapter is not None:
         model = TunedModel.from_pretrained(options.adapter, _load_backbone(options.backbone))
     if options.picture:
-        check_sheet(Path(options.picture), "--picture")
+        check_picture(options.picture, "--picture")
         if model is None:
             raise ConfigError("--picture: it shows what a model sees; name one by --adapter")
     report = look_at_data(options.folder, validation=validation, model=model, max_images=options.max_images)
@@ -126,48 +135,108 @@ def predict(options: Namespace) -> Result:
     """Classify images by the labels of each adapter, all of them in one pass over an image.
 
     Images that cannot be read are named, and the exit code is 1; the others are answered all the same.
-    Prints a line for each image and task: the best labels with their probabilities.
     """
     for name in ("top_k", "batch_size"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name}: got {getattr(options, name)}, expected 1 or more")
     if options.sheet:
-        check_sheet(Path(options.sheet))
+        check_picture(options.sheet, "--sheet")
+    if options.output and not Path(options.output).parent.is_dir():
+        raise ConfigError(f"--output: got {options.output!r}, but there is no folder {Path(options.output).parent}")
     model, processor = _load_model(options)
-    labels = model.tasks
-    if without := [name for name, own in labels.items() if not own]:
+    if without := [name for name, own in model.tasks.items() if not own]:
         raise ConfigError(f"--adapter: {without} have no labels to predict: they give features")
-    answers, problems = [], []
-    channels = Backbone(model.backbone).channels
-    for images, paths in _batches(options.images, options.batch_size, channels, problems):
-        pixel_values = processor(images=images, return_tensors="pt").pixel_values.to(model.backbone.device)
-        output = model(pixel_values)
-        for place, path in enumerate(paths):
-            tasks = {name: _best(answer.logits[place], labels[name], options.top_k) for name, answer in output.items()}
-            answers.append({"image": path, "tasks": tasks})
-    if not answers:
-        raise InputError("; ".join(problems))
-    for problem in problems:
+    if options.image_size is not None:
+        processor = sized(processor, options.image_size)
+    found = model.predict_each(
+        options.images,
+        top_k=options.top_k,
+        batch_size=options.batch_size,
+        on_error="skip",
+        image_processor=processor,
+    )
+    answered = _answered(found, options)
+    if not answered.count:
+        raise InputError("; ".join(answered.problems))
+    for problem in answered.problems:
         logger.error("%s", problem)
     if options.sheet:
-        draw_sheet(answers, Path(options.sheet))
-    rows = [
-        f"{visible(each['image'])}\t{visible(name)}\t"
-        + ", ".join(f"{visible(label)} {probability:.3f}" for label, probability in best)
-        for each in answers
-        for name, best in each["tasks"].items()
+        draw_sheet([(decode(each.image), caption(each.image, each.tasks)) for each in answered.drawn], options.sheet)
+    values: Any = [
+        {
+            "image": each.image,
+            "tasks": {name: [(best["label"], best["score"]) for best in own] for name, own in each.tasks.items()},
+        }
+        for each in answered.kept
     ]
-    return Result(answers, "\n".join(rows), exit_code=1 if problems else 0)
+    text = "\n".join(
+        "\t".join(map(visible, line.split("\t"))) for each in answered.kept for line in lines_of(each.image, each.tasks)
+    )
+    if options.output:
+        values = {"images": answered.count, "output": options.output}
+        text = f"{answered.count} images; the answers are in {options.output}"
+    return Result(values, text, exit_code=1 if answered.problems else 0)
+
+
+@dataclass
+class _Answered:
+    """What came of some images.
+
+    Attributes:
+        count: How many were answered.
+        kept: Their predictions, unless these go to a file.
+        drawn: The first of them.
+        problems: What is wrong with the others.
+    """
+
+    count: int = 0
+    kept: list[Prediction] = field(default_factory=list)
+    drawn: list[Prediction] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+_DRAWN = 60
+"""So many images at most are on a contact sheet."""
+
+
+def _answered(found: Iterable[Prediction], options: Namespace) -> _Answered:
+    """Go through predictions, and write them to a file, if there is to be one, as they come."""
+    answered = _Answered()
+    with Path(options.output).open("w", newline="", encoding="utf-8") if options.output else nullcontext() as file:
+        writer = None if file is None else TableWriter(file)
+        for each in found:
+            if each.problem:
+                answered.problems.append(each.problem)
+                continue
+            answered.count += 1
+            if len(answered.drawn) < _DRAWN:
+                answered.drawn.append(each)
+            if writer is None:
+                answered.kept.append(each)
+            else:
+                writer.write(each)
+    return answered
 
 
 def _load_model(options: Namespace) -> tuple[MultiTaskModel, Any]:
-    sources = dict(options.adapter)
-    if len(sources) < len(options.adapter):
-        raise ConfigError(f"--adapter: got {[name for name, _ in options.adapter]}, which names a task twice")
-    first = read_folder(find_folder(options.adapter[0][1]))
+    sources: dict[str, Any] = {}
+    for name, source in options.adapter:
+        several = not name and is_collection(source)
+        own = dict(read_collection(Path(source))) if several else {name or Path(source).name: source}
+        if twice := sorted(sources.keys() & own.keys()):
+            raise ConfigError(f"--adapter: got {[*sources, *own]}, which names a task twice: {twice[0]!r}")
+        sources |= own
+    if not sources:
+        raise ConfigError(f"--adapter: {options.adapter[0][1]} has no tasks")
+    first = next(iter(sources.values()))
+    first = first if isinstance(first, AdapterFolder) else read_folder(find_folder(first))
     backbone = _load_backbone(options.backbone) or load_recorded_backbone(first)
-    model = combine_tasks(backbone, sources)
-    return model, shared_processor(model) or AutoImageProcessor.from_pretrained(
+    device = getattr(options, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = combine_tasks(backbone, sources).to(device)
+    except RuntimeError as error:
+        raise ConfigError(f"--device: {device!r} cannot be used: {error}") from error
+    return model, model.shared_processor() or AutoImageProcessor.from_pretrained(
         backbone.name_or_path, trust_remote_code=False
     )
 
@@ -180,34 +249,6 @@ def _load_backbone(name: str | None) -> PreTrainedModel | None:
         return AutoModelForImageClassification.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--backbone: {name!r} cannot be loaded: {error}") from error
-
-
-def _batches(
-    paths: Sequence[str], size: int, channels: int, problems: list[str]
-) -> Iterator[tuple[list[Image.Image], Sequence[str]]]:
-    """Images and their paths; what is wrong with those that cannot be read goes to `problems`."""
-    for start in tqdm(range(0, len(paths), size), unit="batch", disable=None):
-        read = []
-        for path in paths[start : start + size]:
-            try:
-                read.append((_open(path, channels), path))
-            except InputError as error:
-                problems.append(str(error))
-        if read:
-            images, names = zip(*read, strict=True)
-            yield list(images), names
-
-
-def _open(path: str, channels: int = 3) -> Image.Image:
-    try:
-        return decode(path, channels)
-    except InputError as error:
-        raise InputError(f"{path} {error}") from error
-
-
-def _best(logits: torch.Tensor, labels: list[str], number: int) -> list[tuple[str, float]]:
-    probabilities, places = logits.float().softmax(dim=-1).topk(min(number, len(labels)))
-    return [(labels[place], value) for value, place in zip(probabilities.tolist(), places.tolist(), strict=True)]
 
 
 def evaluate(options: Namespace) -> Result:

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from .._version import __version__
@@ -23,7 +24,7 @@ examples:
   memtune finetune --model_name_or_path google/vit-base-patch16-224-in21k --train_dir pets/train --method memory lora \
       --masked --output_dir pets-lora
   memtune inspect pets-lora
-  memtune predict photos/*.jpg --adapter pets=pets-lora --adapter signs=me/vit-signs-memory --sheet sheet.png
+  memtune predict photos --adapter pets=pets-lora --adapter signs=me/vit-signs-memory --sheet sheet.png
   memtune evaluate pets-lora --data pets/test
   memtune combine both --adapter pets=pets-lora --adapter signs=me/vit-signs-memory
   memtune push pets-lora me/vit-pets-lora
@@ -85,12 +86,15 @@ def build_parser(arguments: Sequence[str] | None = None) -> argparse.ArgumentPar
     add("--max_images", type=int, help="read at most so many images of each part, evenly spread")
     add("--picture", help="draw a few images as the adapter's model sees them into this PNG")
     add = command("predict", "classify images by one or more adapters, in one pass", _PREDICT).add_argument
-    add("images", nargs="+", help="image files")
+    add("images", nargs="+", help="image files, folders, or patterns such as 'photos/*.jpg'")
     _adapters(add)
     backbone(add)
     add("--top_k", type=int, default=1, help="answers for each image and task (%(default)s)")
     add("--batch_size", type=int, default=16, help="images a pass (%(default)s)")
-    add("--sheet", help="also draw a contact sheet with the answers into this PNG")
+    add("--image_size", type=int, help="height and width in pixels, in place of the processor's")
+    add("--device", help="where to run: cpu, cuda, cuda:1 ...; by default a GPU, if there is one")
+    add("--output", metavar="FILE.csv", help="write the answers into this file as they come, and print none")
+    add("--sheet", help="also draw a contact sheet with the first 60 images and their answers into this PNG")
     add = command("evaluate", "measure an adapter's accuracy on a folder of images").add_argument
     add("adapter", help="the adapter")
     add("--data", required=True, help="a folder with one folder of images for each class, named by the labels")
@@ -119,14 +123,22 @@ def build_parser(arguments: Sequence[str] | None = None) -> argparse.ArgumentPar
 
 def _adapters(add: Any) -> None:
     add(
-        "--adapter", action="append", required=True, metavar="NAME=ADAPTER", type=_named, help="a task; may be repeated"
+        "--adapter",
+        action="append",
+        required=True,
+        metavar="[NAME=]ADAPTER",
+        type=_named,
+        help="a task, by default named as its folder is; or a folder of `memtune combine` for all tasks in it; may be "
+        "repeated",
     )
 
 
 def _named(value: str) -> tuple[str, str]:
     name, found, source = value.partition("=")
-    if not (name and found and source):
-        raise argparse.ArgumentTypeError(f"got {value!r}, expected NAME=ADAPTER, such as pets=pets-lora")
+    if not found or Path(value).exists():
+        return "", value
+    if not (name and source):
+        raise argparse.ArgumentTypeError(f"got {value!r}, expected NAME=ADAPTER, such as pets=pets-lora, or an adapter")
     return name, source
 
 

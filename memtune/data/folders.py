@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
-from PIL import Image
 
 from ..errors import InputError
+from ..storage import image_files, is_image
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +58,12 @@ def load_folder(folder: str | Path) -> datasets.Dataset:
             raise InputError(f"{path} cannot be loaded with its metadata: {error}") from error
     classes = _folders(path)
     if not classes:
-        found = sum(1 for each in path.iterdir() if _is_image(each))
+        found = sum(1 for each in path.iterdir() if is_image(each))
         raise InputError(
             f"{path} has no folders, and {found} images in itself; expected a folder of images for each class, such as "
             f"{path / 'cat' / '1.jpg'}"
         )
-    files = {each.name: sorted(_images(each)) for each in classes}
+    files = {each.name: sorted(image_files(each)) for each in classes}
     if without := [name for name, images in files.items() if not images]:
         logger.warning("%s: the folders %s hold no images and are left out", path, without)
     names = sorted(name for name, images in files.items() if images)
@@ -88,20 +87,3 @@ def _existing(folder: str | Path) -> Path:
 
 def _folders(path: Path) -> list[Path]:
     return sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
-
-
-def _images(folder: Path) -> Iterator[Path]:
-    """The images in a folder and in those within, links followed, each folder once."""
-    seen = set()
-    for place, within, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            within.clear()
-            continue
-        seen.add(real)
-        within[:] = sorted(name for name in within if not name.startswith("."))
-        yield from (path for name in names if _is_image(path := Path(place, name)))
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in Image.registered_extensions() and not path.name.startswith(".") and path.is_file()

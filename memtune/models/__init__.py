@@ -10,7 +10,11 @@ from .multitask import combine as combine
 from .peft_folders import export_peft as export_peft
 from .peft_folders import import_peft as import_peft
 from .pipelines import pipeline as pipeline
-from .pipelines import shared_processor as shared_processor
+from .prediction import Prediction as Prediction
+from .prediction import Predictions as Predictions
+from .prediction import TableWriter as TableWriter
+from .prediction import caption as caption
+from .prediction import lines_of as lines_of
 from .tuned import TunedModel as TunedModel
 from .tuned import load as load
 from .wrapping import wrap as wrap

@@ -39,6 +39,7 @@ from ..tasks import (
     make_plan,
     outside_graphs,
 )
+from .prediction import Classify
 from .shared import SharedModel
 from .tuned import TunedModel, drop_backbone, forgive_backbone, refuse_backbone
 
@@ -227,6 +228,46 @@ class MultiTaskModel(SharedModel):
             if (now := structure(self.backbone)) != self._structure:
                 self.arrangement = Arrangement.of(Backbone(self.backbone), self.arrangement.tasks)
             self._structure, self._hooks = now, HookWatch(self.backbone)
+
+    def _classifier(self, tasks: Sequence[str] | None) -> tuple[Classify, Any]:
+        if tasks is None:
+            tasks = [name for name, labels in self.tasks.items() if labels]
+            if not tasks:
+                raise ConfigError("tasks: the model has none that have labels; add one first")
+        self.check_labelled(tasks)
+        names = list(tasks)
+
+        def classify(pixel_values: Tensor) -> dict[str, tuple[Tensor, Sequence[str]]]:
+            output: Any = self(pixel_values, tasks=names)
+            labels = self.tasks
+            return {name: (output[name].logits.float().softmax(dim=-1), labels[name]) for name in names}
+
+        return classify, self.shared_processor(names)
+
+    def check_labelled(self, tasks: Sequence[str]) -> None:
+        """Raise `ConfigError` unless these are tasks that have labels."""
+        check_task_names("tasks", tasks, self.arrangement.tasks)
+        if without := [name for name in tasks if not self.tasks[name]]:
+            raise ConfigError(
+                f"tasks: got {without}, which have no labels (they were wrapped with head=None, and give features); "
+                "pass tasks=[...] with those that have"
+            )
+
+    def shared_processor(self, tasks: Sequence[str] | None = None) -> Any:
+        """The image processor of all tasks, or of some, that have one; None if there is none.
+
+        Raises:
+            ConfigError: They have several.
+        """
+        own = {name: self._processors[name] for name in (self._processors if tasks is None else tasks)}
+        found = {name: processor for name, processor in own.items() if processor is not None}
+        first = next(iter(found), "")
+        if others := [name for name in found if found[name].to_dict() != found[first].to_dict()]:
+            raise ConfigError(
+                f"image_processor: the tasks {first!r} and {others[0]!r} were trained with different ones, and one "
+                "pass answers both; pass the one to use, or make a model of the tasks that share theirs"
+            )
+        return found.get(first)
 
     def plan(self) -> Plan:
         """What the tasks share, and what they cost in multiply-adds; print it to see a table."""

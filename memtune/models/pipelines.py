@@ -15,7 +15,6 @@ from transformers.image_utils import load_image
 from ..backbones import Backbone
 from ..errors import ConfigError
 from ..storage import decode
-from ..tasks import check_task_names
 from .multitask import MultiTaskModel
 from .tuned import TunedModel
 
@@ -60,9 +59,9 @@ def pipeline(
     if isinstance(model, TunedModel):
         model.task.require_head("pipeline")
     elif "tasks" not in options:
-        _check_labelled(model, list(model.tasks))
+        model.check_labelled(list(model.tasks))
     if image_processor is None:
-        image_processor = model.processor if isinstance(model, TunedModel) else shared_processor(model)
+        image_processor = model.processor if isinstance(model, TunedModel) else model.shared_processor()
     if not callable(image_processor):
         raise ConfigError(
             f"image_processor: got {image_processor!r}; pass one, such as AutoImageProcessor.from_pretrained(...)"
@@ -75,26 +74,6 @@ def pipeline(
         device=model.device if device is None else device,
         **options,
     )
-
-
-def _check_labelled(model: MultiTaskModel, names: Sequence[str]) -> None:
-    if without := [name for name in names if not model.tasks[name]]:
-        raise ConfigError(
-            f"tasks: got {without}, which have no labels (they were wrapped with head=None, and give features); pass "
-            "tasks=[...] with those that have"
-        )
-
-
-def shared_processor(model: MultiTaskModel) -> Any:
-    """The image processor of all tasks that have one, None if there is none."""
-    found = {name: processor for name, processor in model.processors.items() if processor is not None}
-    first = next(iter(found), "")
-    if others := [name for name in found if found[name].to_dict() != found[first].to_dict()]:
-        raise ConfigError(
-            f"image_processor: the tasks {first!r} and {others[0]!r} were trained with different ones, and one pass "
-            "answers both; pass the one to use, or make a model of the tasks that share theirs"
-        )
-    return found.get(first)
 
 
 class TaskPipeline(ImageClassificationPipeline):
@@ -125,8 +104,7 @@ class MultiTaskPipeline(TaskPipeline):
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         before, _, after = super()._sanitize_parameters(top_k, function_to_apply, timeout)
         if tasks is not None:
-            check_task_names("tasks", tasks, self.model.tasks)
-            _check_labelled(self.model, tasks)
+            self.model.check_labelled(tasks)
         return before, {} if tasks is None else {"tasks": tasks}, after
 
     def _forward(self, model_inputs: Any, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..backbones import Backbone
 from ..storage import CardDetails, hub_name, make_repository, public_name, push_folder
+from .prediction import Classify, Prediction, Predictions, check_options, is_one, predict_each
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -48,6 +50,81 @@ class SharedModel(nn.Module, ABC):
     def can_generate(self) -> bool:
         """Whether it writes text: no."""
         return False
+
+    def predict(
+        self,
+        images: Any,
+        *,
+        top_k: int | None = 5,
+        batch_size: int = 16,
+        on_error: Literal["raise", "skip"] = "raise",
+        image_processor: Any = None,
+        tasks: Sequence[str] | None = None,
+    ) -> Any:
+        """Classify images in whatever form: files, folders, pictures.
+
+        Args:
+            images: A path, a PIL image, an array (height, width, channels), bytes; a folder, whose images are taken
+                with those of its folders; a pattern such as `photos/*.jpg`; or a list, a data set or an array (images,
+                height, width, channels) of such.
+            top_k: How many answers for each image and task; None for one for each label.
+            batch_size: Images a pass.
+            on_error: "raise" at an image that cannot be read; or "skip" it: `problems` says what is wrong.
+            image_processor: The image processor; by default the one that the model, or its tasks, brought along.
+            tasks: Of a model of many tasks those to answer; None for all that have labels.
+
+        Returns:
+            `Predictions`, a list in the order of the images, with their names as `images`: of each image the best
+            labels, {"label", "score"}, the best first; of a model of many tasks a dictionary of these by task, from one
+            pass. For one image not in a list: its answers alone.
+
+        Raises:
+            InputError: An image cannot be read, or a folder has none.
+            ConfigError: An option is wrong, there is no image processor, or a task has no labels.
+        """
+        found = self.predict_each(
+            images,
+            top_k=top_k,
+            batch_size=batch_size,
+            on_error="raise" if is_one(images) else on_error,
+            image_processor=image_processor,
+            tasks=tasks,
+        )
+        predictions = Predictions(found)
+        return predictions[0] if is_one(images) else predictions
+
+    def predict_each(
+        self,
+        images: Any,
+        *,
+        top_k: int | None = 5,
+        batch_size: int = 16,
+        on_error: Literal["raise", "skip"] = "raise",
+        image_processor: Any = None,
+        tasks: Sequence[str] | None = None,
+    ) -> Iterator[Prediction]:
+        """The same, one image after another, without keeping them (see `predict`)."""
+        classify, processor = self._classifier(tasks)
+        processor = processor if image_processor is None else image_processor
+        check_options(top_k, batch_size, on_error, processor)
+        return predict_each(
+            images,
+            classify,
+            processor,
+            channels=Backbone(self.backbone).channels,
+            place=(self.device, self.dtype),
+            top_k=top_k,
+            batch_size=batch_size,
+            on_error=on_error,
+        )
+
+    @abstractmethod
+    def _classifier(self, tasks: Sequence[str] | None) -> tuple[Classify, Any]:
+        """What gives the scores of some tasks, and the tasks' image processor or None.
+
+        Raises:
+            ConfigError: There is no such task, one without labels, or they have several processors.
+        """
 
     def _details(
         self, results: Mapping[str, float] | None, datasets: str | Sequence[str], training: Any

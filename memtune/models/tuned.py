@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -48,6 +48,7 @@ from ..tasks import (
     lane_of,
     merge,
 )
+from .prediction import Classify
 from .shared import SharedModel
 
 if TYPE_CHECKING:
@@ -297,6 +298,23 @@ class TunedModel(SharedModel):
         interpolate_pos_encoding = self._interpolates(pixel_values, asked=interpolate_pos_encoding)
         pixel_values = check_images(pixel_values, views.described, interpolate=interpolate_pos_encoding)
         return views.lane.features(self._batch(pixel_values, interpolate_pos_encoding)).squeeze(1)
+
+    def _classifier(self, tasks: Sequence[str] | None) -> tuple[Classify, Any]:
+        if tasks is not None:
+            raise ConfigError(f"tasks: got {tasks!r}, but this model has one task")
+        self.task.require_head("predict")
+
+        @torch.no_grad()
+        def classify(pixel_values: Tensor) -> dict[str, tuple[Tensor, Sequence[str]]]:
+            training = self.training
+            try:
+                output: Any = self.eval()(pixel_values) if training else self(pixel_values)
+            finally:
+                if training:
+                    self.train()
+            return {"": (output.logits.float().softmax(dim=-1), self.task.labels)}
+
+        return classify, self.processor
 
     def trunk_pass(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> Pass:
         """The trunk's pass over images (batch, channels, height, width): the same whatever is trained.

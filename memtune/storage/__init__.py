@@ -15,9 +15,12 @@ from .atomic import replace_files as replace_files
 from .card import CardDetails as CardDetails
 from .card import hub_name as hub_name
 from .card import public_name as public_name
+from .collection import is_collection as is_collection
 from .collection import read_collection as read_collection
 from .collection import write_collection as write_collection
 from .decoding import decode as decode
+from .decoding import image_files as image_files
+from .decoding import is_image as is_image
 from .hub import find_collection as find_collection
 from .hub import find_folder as find_folder
 from .hub import list_adapters as list_adapters

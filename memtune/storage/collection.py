@@ -76,6 +76,11 @@ def write_collection(
         remove_files(folder / each)
 
 
+def is_collection(folder: str | Path) -> bool:
+    """Whether a folder says that it is that of a model of many tasks."""
+    return current(Path(folder), INDEX_NAME).is_file()
+
+
 def read_collection(folder: str | Path) -> dict[str, AdapterFolder]:
     """Read and check the adapters of all tasks, by name, as one save left them.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,24 @@ def decode(value: Any, channels: int = 3) -> Image.Image:
         raise
     except Exception as error:  # Pillow's readers raise errors of every kind at a file that is broken
         raise InputError(f"cannot be read: {type(error).__name__}: {error}") from error
+
+
+def image_files(folder: Path) -> Iterator[Path]:
+    """The images in a folder and in those within, by their endings; links followed, each folder once, none hidden."""
+    seen = set()
+    for place, within, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            within.clear()
+            continue
+        seen.add(real)
+        within[:] = sorted(name for name in within if not name.startswith("."))
+        yield from (path for name in names if is_image(path := Path(place, name)))
+
+
+def is_image(path: Path) -> bool:
+    """Whether a path is that of an image, by its ending."""
+    return path.suffix.lower() in Image.registered_extensions() and not path.name.startswith(".") and path.is_file()
 
 
 def _opened(value: Any) -> Image.Image:
