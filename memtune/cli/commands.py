@@ -81,6 +81,7 @@ def inspect(options: Namespace) -> Result:
         "methods": [config.to_dict() for config in adapter.configs],
         "mode": "masked" if adapter.masked else "unmasked",
         "labels": adapter.labels,
+        "problem_type": adapter.problem_type if adapter.labels else None,
         "head": "backbone" if adapter.backbone_head else "linear" if adapter.labels else None,
         "extends": list(adapter.extends),
         "trained_values": sum(tensor.numel() for tensor in adapter.tensors.values()),
@@ -257,7 +258,7 @@ def evaluate(options: Namespace) -> Result:
     data = load_folder(options.data)
     scores = evaluate_model(model, data, TrainingConfig(disable_tqdm=True, image_size=options.image_size))
     values = {"adapter": options.adapter, "images": len(data), **scores}
-    return Result(values, f"accuracy {100 * scores['accuracy']:.2f} % of {len(data)} images, loss {scores['loss']:.4f}")
+    return Result(values, f"{finetuning.in_words(scores)} of {len(data)} images, loss {scores['loss']:.4f}")
 
 
 def combine(options: Namespace) -> Result:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from datasets.exceptions import DatasetsError
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 from ..backbones import Backbone
-from ..data import LabelReader, class_names, find_columns, held_out, load_folder, load_splits
+from ..data import class_names, find_columns, held_out, load_folder, load_splits, make_reader
 from ..errors import ConfigError, InputError
 from ..evaluation import evaluate, inspect_data
 from ..methods import AdapterConfig, MemoryConfig, method_names, read_config
 from ..models import TunedModel, wrap
 from ..preparation import add_training_arguments, read_training_arguments
+from ..tasks import OBJECTIVES, Regression, SingleLabel, find_objective
 from ..training import fit
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, default=4, help="memory tokens in each block, for --method memory")
     add("--method_config", type=json.loads, default={}, help='settings as JSON, as \'{"lora": {"r": 16}}\'')
     add("--masked", action="store_true", help="train in the task stream; the backbone's own answer stays as it is")
+    add(
+        "--problem_type",
+        choices=sorted(OBJECTIVES),
+        default=SingleLabel.problem_type,
+        help="what the labels of an image are: one class, several, or numbers (%(default)s)",
+    )
     add("--attn_implementation", help="the backbone's attention kernel: sdpa, eager, flash_attention_2 ...")
     add = parser.add_argument_group("data").add_argument
     add("--train_dir", help="a folder with one folder of images for each class")
@@ -95,7 +102,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] | No
         train, evaluation = load_data(args)
     set_seed(args.seed)
     label_column = find_columns(train, args.image_column_name, args.label_column_name)[1]
-    model = build_model(args, _names(train, label_column))
+    model = build_model(args, _names(train, label_column, args.problem_type))
     if state.is_main_process:
         report = inspect_data(train, validation=evaluation, model=model, config=config, max_images=_LOOKED_AT)
         for line in [*report.problems, *report.notes]:
@@ -108,7 +115,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] | No
     scores = {f"eval_{name}": value for name, value in measured.items()}
     card: dict[str, Any] = {
         "base_model_name": args.base_model_name,
-        "results": {"accuracy": scores["eval_accuracy"]},
+        "results": {name: value for name, value in measured.items() if name != "loss"},
         "training": config.for_mode(model.task.masked),
     }
     model.save_pretrained(args.output_dir, **card)
@@ -135,11 +142,20 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] | No
 
 def describe(summary: dict[str, Any], output_dir: str) -> str:
     """What a person is told at the end."""
+    scores = {name.removeprefix("eval_"): value for name, value in summary.items() if name.startswith("eval_")}
     return (
-        f"accuracy {100 * summary['eval_accuracy']:.2f} % of {summary['eval_samples']} images, trained on "
+        f"{in_words(scores)} of {scores['samples']} images, trained on "
         f"{summary['train_samples']} in {len(summary['history'])} epochs at {summary['image_size']}; the adapter is in "
         f"{output_dir}"
     )
+
+
+def in_words(scores: Mapping[str, float]) -> str:
+    """The scores of an evaluation but the loss, for people."""
+    if "accuracy" in scores:
+        return f"accuracy {100 * scores['accuracy']:.2f} %"
+    shown = {name: value for name, value in scores.items() if name not in ("loss", "samples")}
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items())
 
 
 def _start_processes(number: int) -> None:
@@ -160,9 +176,9 @@ def load_data(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     evaluation = next((splits[name] for name in ("validation", "test") if name in splits), None)
     train = splits["train"]
     label_column = find_columns(train, args.image_column_name, args.label_column_name)[1]
-    names = _names(train, label_column)
+    names = _names(train, label_column, args.problem_type)
     if evaluation is None:
-        reader = LabelReader(names, class_names(train, label_column))
+        reader = make_reader(find_objective(args.problem_type), names, class_names(train, label_column))
         labels = [reader(label, f"image {index}") for index, label in enumerate(train.with_format(None)[label_column])]
         places = held_out(labels, args.train_val_split, args.seed)
         evaluation = train.select(places)
@@ -170,12 +186,16 @@ def load_data(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     return _sample(train, args.max_train_samples, args.seed), _sample(evaluation, args.max_eval_samples, args.seed)
 
 
-def _names(train: Dataset, label_column: str) -> list[str]:
-    """The names of the classes, at least two.
+def _names(train: Dataset, label_column: str, problem_type: str) -> list[str]:
+    """The names of the classes, at least two; or of numbers that of their column, with a place where there are several.
 
     Raises:
         InputError: They have no names, or there is only one.
     """
+    if problem_type == Regression.problem_type:
+        first = train.with_format(None)[label_column][0]
+        several = isinstance(first, Sequence) and not isinstance(first, str)
+        return [f"{label_column}_{place}" for place in range(len(first))] if several else [label_column]
     names = class_names(train, label_column)
     if names is None:
         raise InputError(
@@ -227,7 +247,7 @@ def build_model(args: argparse.Namespace, labels: Sequence[str]) -> TunedModel:
         )
     configs = [_read_method(args, name) for name in args.method]
     masked = args.masked and args.method != ["head"]  # a head alone leaves the backbone as it is in either mode
-    return wrap(backbone, configs, labels=labels, masked=masked, processor=processor)
+    return wrap(backbone, configs, labels=labels, masked=masked, processor=processor, problem_type=args.problem_type)
 
 
 def _read_method(args: argparse.Namespace, name: str) -> AdapterConfig:

@@ -26,11 +26,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from ..data import IGNORED, ImageDataset, LabelReader, class_names
+from ..data import ImageDataset, LabelReader, class_names
 from ..errors import ConfigError, InputError
 from ..evaluation import evaluate
 from ..models import TunedModel
 from ..preparation import TrainingConfig, make_items
+from ..tasks import IGNORED, SingleLabel
 from ..training import FeatureSums, fit, read_features, solve_head
 from .folder import RunFolder, start_task
 from .result import ContinualResult
@@ -140,6 +141,8 @@ def fit_continual(
     if solver not in ("gradient", "closed_form"):
         raise ConfigError(f"solver: got {solver!r}, expected 'gradient' or 'closed_form'")
     head = model.task.require_head("fit_continual")
+    if not isinstance(model.task.objective, SingleLabel):
+        raise ConfigError(f"model: got a task of {model.task.objective.problem_type}, expected one class an image")
     sums = FeatureSums(head) if solver == "closed_form" else None
     _check_classes(tasks, len(model.task.labels))
     tasks = [_checked(task, model, config) for task in tasks]

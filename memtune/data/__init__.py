@@ -13,9 +13,9 @@ from .images import as_items as as_items
 from .images import check_kind as check_kind
 from .images import find_columns as find_columns
 from .images import item_parts as item_parts
-from .labels import IGNORED as IGNORED
 from .labels import LabelReader as LabelReader
 from .labels import class_names as class_names
+from .labels import make_reader as make_reader
 from .splitting import digest as digest
 from .splitting import held_out as held_out
 from .splitting import select as select

@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 
 from ..errors import InputError
 from ..storage import decode, sized
-from ..tasks import check_label_range
+from ..tasks import IGNORED, Objective, find_objective
 from .augmentation import Augmentation
-from .labels import IGNORED, LabelReader, class_names
+from .labels import class_names, make_reader
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ _KINDS = (
 class Items(Dataset, ABC):
     """A data set as a model takes it: `pixel_values` (channels, height, width) and `labels`, an index of the model's.
 
+    Of a task of several classes an image, or of numbers, `labels` are a tuple of floats, one for each of its labels.
+
     Args:
         count: Number of items.
         on_error: "raise" at an image that cannot be read, or "skip": a blank one stands in its place, with the label
@@ -44,6 +46,7 @@ class Items(Dataset, ABC):
         processor: The image processor, sized; None where no picture needs it.
         channels: Those of the backbone.
         augment: What makes another version of a picture for each epoch, before the processor.
+        blank: The label of an image that is skipped.
     """
 
     def __init__(
@@ -53,7 +56,9 @@ class Items(Dataset, ABC):
         processor: Any,
         channels: int,
         augment: Augmentation | None,
+        blank: Any = IGNORED,
     ) -> None:
+        self.blank_label = blank
         self._count = count
         self._on_error = on_error
         self._processor = processor
@@ -99,7 +104,7 @@ class Items(Dataset, ABC):
                 item = self._read(index, 0)
             except Unreadable:
                 continue
-            return {"pixel_values": torch.zeros_like(item["pixel_values"]), "labels": IGNORED}
+            return {"pixel_values": torch.zeros_like(item["pixel_values"]), "labels": self.blank_label}
         raise InputError(f"none of the {len(self)} images can be read")
 
     def _processed(self, value: Any, index: int, version: int, name: str) -> Tensor:
@@ -143,8 +148,8 @@ class Items(Dataset, ABC):
         return self.source(index)
 
     @abstractmethod
-    def labels(self) -> list[int]:
-        """The indices of all items' classes; `IGNORED` for one that cannot be read."""
+    def labels(self) -> list[Any]:
+        """The labels of all items; `blank_label` for one that cannot be read."""
 
     def transform(self) -> dict[str, Any]:
         """What makes `pixel_values` of the source of an item, as JSON values."""
@@ -168,6 +173,7 @@ class ImageDataset(Items):
         augment: What makes another version of an image for each epoch, before the processor; None for the image itself.
         labels: The model's labels; None to take the labels as they are.
         channels: Those of the backbone.
+        objective: What the labels are; None for one class an image.
 
     Raises:
         InputError: A column is missing, there is no processor, it makes no images of that size, or a label is wrong.
@@ -185,6 +191,7 @@ class ImageDataset(Items):
         augment: Augmentation | None = None,
         labels: Sequence[str] | None = None,
         channels: int = 3,
+        objective: Objective | None = None,
     ) -> None:
         dataset = dataset.with_format(None)
         self._image_column, label_column = find_columns(dataset, image_column, label_column)
@@ -193,14 +200,16 @@ class ImageDataset(Items):
                 "the model has no image processor; pass processor=... to wrap, or a data set of pixel_values"
             )
         processor = processor if image_size is None else sized(processor, image_size)
-        super().__init__(len(dataset), on_error, processor, channels, augment)
+        objective = objective or find_objective(None)
+        super().__init__(len(dataset), on_error, processor, channels, augment, objective.blank(len(labels or ())))
         # Undecoded, so that an unreadable image can be named by its path.
-        kind: Any = dataset.features[self._image_column]
-        decoded = isinstance(kind, datasets.Image)
+        decoded = isinstance(dataset.features[self._image_column], datasets.Image)
         self._dataset = dataset.cast_column(self._image_column, datasets.Image(decode=False)) if decoded else dataset
         names = class_names(dataset, label_column)
-        reads_text = isinstance(dataset.features[label_column], datasets.Value)
-        reader = LabelReader(names if labels is None and reads_text else labels, None if reads_text else names)
+        kind: Any = dataset.features[label_column]
+        if labels is None and isinstance(getattr(kind, "feature", kind), datasets.Value):  # texts
+            labels = names
+        reader = make_reader(objective, labels, names)
         column = dataset[label_column][:]
         self._labels = [reader(label, f"image {index}") for index, label in enumerate(column)]
 
@@ -219,8 +228,8 @@ class ImageDataset(Items):
         except (OSError, TypeError, ValueError, AttributeError):
             return None
 
-    def labels(self) -> list[int]:
-        """The indices of all items' classes."""
+    def labels(self) -> list[Any]:
+        """The labels of all items."""
         return list(self._labels)
 
     def transform(self) -> dict[str, Any]:
@@ -239,6 +248,7 @@ class ItemDataset(Items):
         labels: The model's labels.
         channels: Those of the backbone.
         columns: The names of image and label in an item; None for the usual ones.
+        objective: What the labels are; None for one class an image.
     """
 
     def __init__(
@@ -251,11 +261,13 @@ class ItemDataset(Items):
         labels: Sequence[str] | None = None,
         channels: int = 3,
         columns: tuple[str | None, str | None] = (None, None),
+        objective: Objective | None = None,
     ) -> None:
-        super().__init__(len(dataset), on_error, processor, channels, augment)
+        objective = objective or find_objective(None)
+        super().__init__(len(dataset), on_error, processor, channels, augment, objective.blank(len(labels or ())))
         self._dataset = dataset
         self._columns = columns
-        self._reader = LabelReader(labels, class_names(dataset, columns[1]))
+        self._reader = make_reader(objective, labels, class_names(dataset, columns[1]))
 
     def set_epoch(self, epoch: int) -> None:
         """Go to an epoch, which the data set is told as well, if it has `set_epoch`."""
@@ -297,14 +309,16 @@ class ItemDataset(Items):
             f"{values.dtype} {tuple(values.shape)} ".encode() + values.reshape(-1).view(torch.uint8).numpy().tobytes()
         )
 
-    def labels(self) -> list[int]:
-        """The indices of all items' classes, for which each item is read where there is no column of them."""
+    def labels(self) -> list[Any]:
+        """The labels of all items, for which each item is read where there is no column of them."""
         if isinstance(self._dataset, datasets.Dataset) and self._dataset.format["type"] != "custom":
             column = next((name for name in ("labels", "label") if name in self._dataset.column_names), None)
             if column is not None:
                 values = self._dataset.with_format(None)[column][:]
                 return [self._reader(label, f"item {index}") for index, label in enumerate(values)]
-        return [IGNORED if (item := self.read(index)) is None else item["labels"] for index in range(len(self))]
+        return [
+            self.blank_label if (item := self.read(index)) is None else item["labels"] for index in range(len(self))
+        ]
 
 
 def item_parts(item: Any, index: int, columns: tuple[str | None, str | None] = (None, None)) -> tuple[Any, Any]:
@@ -345,7 +359,8 @@ def find_columns(dataset: datasets.Dataset, image: str | None, label: str | None
     """
     features = dataset.features
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    kinds: dict[str, Any] = {name: getattr(kind, "feature", kind) for name, kind in features.items()}
+    classes = [name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
     found = []
     for given, usual, alike, what in (
         (image, ("image",), images, "image"),
@@ -380,16 +395,17 @@ class Collator:
     """Puts items together to a batch: `pixel_values` (batch, channels, height, width) and `labels` (batch,).
 
     Args:
-        classes: Number of classes; a label outside is refused here, before the batch is moved to a device.
+        outputs: Number of labels of the task; one outside is refused here, before the batch is moved to a device.
+        objective: What the labels are; None for one class an image.
     """
 
-    def __init__(self, classes: int) -> None:
-        self._classes = classes
+    def __init__(self, outputs: int, objective: Objective | None = None) -> None:
+        self._outputs = outputs
+        self._objective = objective or find_objective(None)
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """One batch."""
-        labels = torch.as_tensor([int(item["labels"]) for item in items])
-        check_label_range(labels, self._classes)
+        labels = self._objective.stack([item["labels"] for item in items], self._outputs)
         images = [torch.as_tensor(item["pixel_values"]) for item in items]
         if others := [tuple(image.shape) for image in images if image.shape != images[0].shape]:
             raise InputError(
@@ -410,6 +426,7 @@ def as_items(
     channels: int = 3,
     image_column: str | None = None,
     label_column: str | None = None,
+    objective: Objective | None = None,
 ) -> Items:
     """A data set as a model takes it.
 
@@ -431,6 +448,7 @@ def as_items(
             augment=augment,
             labels=labels,
             channels=channels,
+            objective=objective,
         )
     if processor is not None and image_size is not None:
         processor = sized(processor, image_size)
@@ -442,6 +460,7 @@ def as_items(
         labels=labels,
         channels=channels,
         columns=(image_column, label_column),
+        objective=objective,
     )
 
 

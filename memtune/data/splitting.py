@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import datasets
@@ -19,11 +19,11 @@ _LOOKED_AT = 16
 """Images, evenly spread over a data set, whose contents are part of its digest."""
 
 
-def held_out(labels: Sequence[int], validation: float | Sequence[int], seed: int) -> list[int]:
+def held_out(labels: Sequence[Hashable], validation: float | Sequence[int], seed: int) -> list[int]:
     """The places of the images that trials are measured on, ascending.
 
     Args:
-        labels: The class of each image.
+        labels: The class of each image; or what else it is labelled with.
         validation: A share of the images: of each class as nearly that share as whole images allow, drawn by the seed,
             and not the last one of a class. Or the places themselves.
         seed: Of the draw.

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.nn.functional import cross_entropy
+from transformers import EvalPrediction
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from ..data import IGNORED
-from ..errors import InputError
+from ..errors import ConfigError, InputError
 from ..models import TunedModel
 from ..preparation import TrainingConfig, borrowed_state, check_items, make_accelerator, make_items, make_loader
+from ..tasks import IGNORED, Objective, SingleLabel
 from ..trunk_cache import to_pass
-from .metrics import Accuracy
+from .metrics import check_metrics, make_scores
+
+MetricsFunction: TypeAlias = Callable[[EvalPrediction], Mapping[str, float]]
+"""What makes scores of all logits (`predictions`, images x outputs) and labels (`label_ids`) of an evaluation."""
 
 
 def evaluate(
@@ -30,7 +35,10 @@ def evaluate(
 ) -> dict[str, float]:
     """The `accuracy` and mean `loss` of a model on a data set (see `fit`), its mode left as it was.
 
-    Each image counts exactly once, on any number of devices; those labelled -100, and those that are skipped, do not.
+    For several classes an image these are `mean_average_precision` and `f1` (means over the classes that there are),
+    `f1_micro`, `subset_accuracy` (the share of images with all classes right) and `loss`; for numbers `r2`, `mse`,
+    `mae` and `loss`. Each image counts exactly once, on any number of devices; those labelled -100, and those that are
+    skipped, do not.
 
     Args:
         model: The model.
@@ -42,8 +50,13 @@ def evaluate(
 
     Raises:
         InputError: The data set, an image or a label is wrong.
+        ConfigError: `classes` for a task that has not one class an image.
+        MemtuneError: scikit-learn is not installed, where it measures.
     """
     model.task.require_head("evaluate")
+    check_metrics(model.task.objective)
+    if classes is not None and not isinstance(model.task.objective, SingleLabel):
+        raise ConfigError(f"classes: got a task of {model.task.objective.problem_type}, whose classes exclude no other")
     config = (config or TrainingConfig(disable_tqdm=True)).with_columns(image_column, label_column)
     training = model.training
     try:
@@ -53,7 +66,9 @@ def evaluate(
             check_items(model, items, config)
             loader: Any = accelerator.prepare_data_loader(make_loader(model, items, config, accelerator))
             with accelerator.autocast():
-                return measure(accelerator, model.to(accelerator.device), loader, config, classes)
+                return measure(
+                    accelerator, model.to(accelerator.device), loader, config, model.task.objective, classes=classes
+                )
     finally:
         if training:
             model.train()
@@ -75,24 +90,51 @@ def measure(
     model: nn.Module,
     loader: Any,
     config: TrainingConfig,
+    objective: Objective,
+    *,
     classes: Sequence[int] | None = None,
+    compute_metrics: MetricsFunction | None = None,
 ) -> dict[str, float]:
-    """The same for what Accelerate has prepared; leaves the model in evaluation mode."""
+    """The same for what Accelerate has prepared; leaves the model in evaluation mode.
+
+    Args:
+        accelerator: What has prepared them.
+        model: The model.
+        loader: The batches.
+        config: The settings.
+        objective: What the labels are.
+        classes: As for `evaluate`.
+        compute_metrics: What makes further scores of all logits and labels, as for transformers' Trainer.
+    """
     model.eval()
-    accuracy, losses = Accuracy(), []
+    scores, kept_logits, kept_labels = make_scores(objective), [], []
     for batch in loader:
         logits = run_batch(model, batch, config).logits
         logits, labels = accelerator.gather_for_metrics((logits, batch["labels"]))
-        kept = labels != IGNORED
+        kept = objective.kept(labels)
         logits, labels = logits[kept], labels[kept]
         if classes is not None:
             chosen = torch.tensor(classes, device=logits.device)
             logits = torch.full_like(logits, -torch.inf).index_copy(1, chosen, logits[:, chosen])
-        if len(labels):
-            accuracy.add_batch(predictions=logits.argmax(dim=-1).cpu(), references=labels.cpu())
-        losses.append(cross_entropy(logits, labels, reduction="none").cpu())
-    if not sum(map(len, losses)):
+        scores.add(logits, labels)
+        if compute_metrics is not None:
+            kept_logits.append(logits.cpu())
+            kept_labels.append(labels.cpu())
+    if not scores.images:
         raise InputError(f"no image of the data set has a label to measure by: all are skipped, or labelled {IGNORED}")
-    scores = accuracy.compute()
-    assert scores is not None
-    return {"accuracy": scores["accuracy"], "loss": torch.cat(losses).mean().item()}
+    more: dict[str, Any] = {}
+    if compute_metrics is not None:
+        logits, labels = torch.cat(kept_logits).numpy(), torch.cat(kept_labels).numpy()
+        more = _check_scores(compute_metrics(EvalPrediction(predictions=logits, label_ids=labels)))
+    return scores.compute() | more
+
+
+def _check_scores(found: Any) -> dict[str, float]:
+    """The scores that a user's function gave, without the prefix `eval_`.
+
+    Raises:
+        ConfigError: They are no scores.
+    """
+    if not isinstance(found, Mapping) or not all(isinstance(each, (Real, np.generic)) for each in found.values()):
+        raise ConfigError(f"compute_metrics: gave {str(found)[:200]}, expected a dictionary of numbers")
+    return {str(name).removeprefix("eval_"): float(value) for name, value in found.items()}

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data import LabelReader, check_kind, class_names, find_columns, item_parts, load_splits
+from ..data import check_kind, class_names, find_columns, item_parts, load_splits, make_reader
 from ..drawing import new_figure
 from ..errors import InputError, MemtuneError
 from ..models import TunedModel
 from ..preparation import TrainingConfig, check_items, make_items
 from ..storage import decode
+from ..tasks import MultiLabel, Objective, Regression, find_objective
 from ..trunk_cache import digest_of
 
 _UNEVEN = 10
@@ -121,6 +122,7 @@ def inspect_data(
     image_column: str | None = None,
     label_column: str | None = None,
     max_images: int | None = None,
+    problem_type: str | None = None,
 ) -> DataReport:
     """Look at data as `fit` would take it, and say all that is wrong with it.
 
@@ -138,11 +140,14 @@ def inspect_data(
         image_column: As in `TrainingConfig`.
         label_column: The same.
         max_images: At most so many images of each part are read, evenly spread; None for all.
+        problem_type: What the labels are, as for `wrap`; with a model what its are.
 
     Raises:
+        ConfigError: There is no such problem type.
         InputError: The data is none, so that there is nothing to look at.
     """
     config = (config or TrainingConfig()).with_columns(image_column, label_column)
+    objective = find_objective(problem_type) if model is None else model.task.objective
     if isinstance(data, (str, Path)):
         data = load_splits(data)
     several = isinstance(data, (dict, datasets.DatasetDict))
@@ -153,7 +158,7 @@ def inspect_data(
     found: dict[str, _Part] = {}
     report = DataReport({})
     for name, part in splits.items():
-        found[name] = _Part(name, part, model, config, max_images)
+        found[name] = _Part(name, part, model, config, objective, max_images)
         report.parts[name] = found[name].summary
         report.problems += found[name].problems
         if model is not None and not found[name].problems:
@@ -170,11 +175,18 @@ class _Part:
         data: The data set.
         model: The model, whose labels count.
         config: The settings.
+        objective: What the labels are.
         limit: At most so many images are read.
     """
 
     def __init__(
-        self, name: str, data: Any, model: TunedModel | None, config: TrainingConfig, limit: int | None
+        self,
+        name: str,
+        data: Any,
+        model: TunedModel | None,
+        config: TrainingConfig,
+        objective: Objective,
+        limit: int | None,
     ) -> None:
         check_kind(data)
         self.summary = DataPart(len(data))
@@ -194,7 +206,9 @@ class _Part:
                 data = data.cast_column(columns[0], datasets.Image(decode=False))
         self.names = class_names(data, columns[1])
         labels = None if model is None else model.task.labels
-        self._reader = LabelReader(labels or self.names, self.names)
+        self._labels = labels or self.names
+        self._objective = objective
+        self._reader = make_reader(objective, self._labels, self.names)
         count = len(data) if limit is None else min(limit, len(data))
         sizes, wrong = [], []
         for place in tqdm(np.linspace(0, len(data) - 1, count).round().astype(int).tolist(), desc=name, disable=None):
@@ -220,9 +234,7 @@ class _Part:
             self.summary.unreadable.append(f"{what}: {type(error).__name__}: {error}")
             return
         try:
-            number = self._reader(label, what)
-            if number >= 0:
-                self._count(label, number)
+            self._count(label, self._reader(label, what))
         except InputError as error:
             wrong.append(str(error))
         if isinstance(image, Mapping) and image.get("path"):
@@ -236,11 +248,18 @@ class _Part:
         self.summary.repeated += content in self.digests
         self.digests.setdefault(content, what)
 
-    def _count(self, label: Any, number: int) -> None:
-        name = label if isinstance(label, str) else str(number)
-        if self.names is not None and not isinstance(label, str):
-            name = self.names[int(label)]
-        self.summary.classes[name] = self.summary.classes.get(name, 0) + 1
+    def _count(self, label: Any, found: Any) -> None:
+        """Count an image for its class, or for each of its classes; one that is left out for none."""
+        if isinstance(self._objective, MultiLabel):
+            names = [str((self._labels or range(len(found)))[place]) for place, share in enumerate(found) if share]
+        elif isinstance(self._objective, Regression) or found < 0:
+            names = []
+        elif isinstance(label, str):
+            names = [label]
+        else:
+            names = [str(found) if self.names is None else self.names[int(label)]]
+        for name in names:
+            self.summary.classes[name] = self.summary.classes.get(name, 0) + 1
 
     def _tell(self, wrong: Sequence[str]) -> None:
         """Put what was found into words."""

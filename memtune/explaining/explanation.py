@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from ..data import Collator, as_items
 from ..errors import ConfigError
 from ..models import MultiTaskModel, TunedModel
-from ..tasks import check_images
+from ..tasks import Regression, check_images
 from .observation import Observer
 from .pictures import draw_explanation, draw_usage, token_name
 from .shares import Attention
@@ -30,10 +30,11 @@ class Explanation:
 
     Attributes:
         labels: The task's labels; none if it has no head.
-        probabilities: Their probabilities, (classes,).
+        probabilities: Their probabilities, (classes,); of a task of numbers these.
         heads: For each block the weights of each head, with the shapes (heads, ...).
         image: The image as the model saw it, (height, width, 3), from 0 to 1.
         masked: Whether the token is a task token; else it is the class token.
+        numbers: Whether the task gives numbers, of which none is the answer.
     """
 
     labels: list[str]
@@ -41,6 +42,7 @@ class Explanation:
     heads: list[Attention]
     image: Tensor
     masked: bool
+    numbers: bool = False
 
     @cached_property
     def blocks(self) -> list[Attention]:
@@ -49,13 +51,13 @@ class Explanation:
 
     @property
     def label(self) -> str | None:
-        """The answer; None if the task has no head."""
-        return self.labels[int(self.probabilities.argmax())] if self.labels else None
+        """The answer; None if the task has no head, or gives numbers."""
+        return self.labels[int(self.probabilities.argmax())] if self.labels and not self.numbers else None
 
     @property
     def probability(self) -> float | None:
         """The probability of the answer."""
-        return float(self.probabilities.max()) if self.labels else None
+        return float(self.probabilities.max()) if self.label is not None else None
 
     def save(self, path: str | Path) -> None:
         """Draw the image, each block's attention over it, and where else the attention went.
@@ -67,6 +69,9 @@ class Explanation:
             MemtuneError: matplotlib is not installed.
         """
         title = None if self.label is None else f"{self.label}\n{self.probability:.1%}"
+        if self.numbers:
+            values = self.probabilities.tolist()
+            title = "\n".join(f"{label} {values[place]:.4g}" for place, label in enumerate(self.labels[:4]))
         draw_explanation(path, self.image, self.blocks, masked=self.masked, title=title)
 
 
@@ -166,6 +171,7 @@ def explain(
         heads=[block.apply(lambda part: part[0]) for block in blocks],
         image=_shown(pixel_values[0].float().cpu(), observer.processor),
         masked=observer.task.masked,
+        numbers=isinstance(observer.task.objective, Regression),
     )
 
 
@@ -201,11 +207,12 @@ def memory_usage(
         on_error,
         labels=observer.task.labels or None,
         channels=observer.backbone.channels,
+        objective=observer.task.objective,
     )
     sums: list[Attention] | None = None
     images = 0
     classes = len(observer.task.labels) or sys.maxsize  # without a head a label means nothing
-    for batch in DataLoader(items, batch_size=batch_size, collate_fn=Collator(classes)):
+    for batch in DataLoader(items, batch_size=batch_size, collate_fn=Collator(classes, observer.task.objective)):
         interpolate = observer.interpolates(batch["pixel_values"], asked=False)
         pixel_values = check_images(batch["pixel_values"], observer.backbone, interpolate=interpolate)
         found, _ = observer.observe(pixel_values, False)

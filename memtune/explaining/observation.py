@@ -86,7 +86,7 @@ class Observer:
         grid = [pixels // patch for pixels, patch in sizes]
         blocks = [self._sort(each, names, tokens, grid) for each, names in zip(weights, self._methods, strict=True)]
         logits = answer[:, :0] if self.task.head is None else answer
-        return blocks, logits.float().softmax(dim=-1).cpu()
+        return blocks, self.task.objective.scores(logits.float()).cpu()
 
     def _sort(self, parts: Sequence[Tensor], methods: Sequence[str], tokens: int, grid: Sequence[int]) -> Attention:
         """The parts of a block's weights, each (images, heads, 1, number), by what they fall on.

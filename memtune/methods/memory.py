@@ -128,6 +128,15 @@ class MemoryAdapter(Adapter[MemoryConfig]):
         """Those that have memory."""
         return [int(index) for index in self.blocks]
 
+    def merge_into(self, backbone: Backbone) -> None:
+        """Do nothing where there is no memory, so that a head alone can be merged.
+
+        Raises:
+            ConfigError: There is: it is not a change of weights.
+        """
+        if self.blocks:
+            super().merge_into(backbone)
+
     @classmethod
     def attach(cls, stream: Stream, adapters: Sequence[Any]) -> None:
         """Give each block's attention the keys and values of its memory."""

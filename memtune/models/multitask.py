@@ -39,7 +39,7 @@ from ..tasks import (
     make_plan,
     outside_graphs,
 )
-from .prediction import Classify
+from .prediction import Classify, TaskScores
 from .shared import SharedModel
 from .tuned import TunedModel, drop_backbone, forgive_backbone, refuse_backbone
 
@@ -237,10 +237,10 @@ class MultiTaskModel(SharedModel):
         self.check_labelled(tasks)
         names = list(tasks)
 
-        def classify(pixel_values: Tensor) -> dict[str, tuple[Tensor, Sequence[str]]]:
+        def classify(pixel_values: Tensor) -> dict[str, TaskScores]:
+            tasks = self.arrangement.tasks
             output: Any = self(pixel_values, tasks=names)
-            labels = self.tasks
-            return {name: (output[name].logits.float().softmax(dim=-1), labels[name]) for name in names}
+            return {name: TaskScores(tasks[name], output[name].logits) for name in names}
 
         return classify, self.shared_processor(names)
 

@@ -112,12 +112,13 @@ class MultiTaskPipeline(TaskPipeline):
 
     def postprocess(self, model_outputs: dict[str, Tensor], function_to_apply: Any = None, top_k: int = 5) -> Any:
         """Labels and scores by task, for the logits (1, classes) of one image."""
-        scores_of = _SCORES["softmax" if function_to_apply is None else function_to_apply.value]
-        labels = self.model.tasks
+        given = None if function_to_apply is None else _SCORES[function_to_apply.value]
+        tasks = self.model.arrangement.tasks
         answers: dict[str, list[dict[str, Any]]] = {}
         for key, logits in model_outputs.items():
             name = key.removeprefix(_KEY)
+            scores_of = given or tasks[name].objective.scores
             scores, places = scores_of(logits[0].float()).topk(min(top_k, logits.shape[-1]))
             found = zip(places.tolist(), scores.tolist(), strict=True)
-            answers[name] = [{"label": labels[name][place], "score": score} for place, score in found]
+            answers[name] = [{"label": tasks[name].labels[place], "score": score} for place, score in found]
         return answers

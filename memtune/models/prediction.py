@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import glob
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from ..drawing import draw_sheet
 from ..errors import ConfigError, InputError
 from ..storage import decode, image_files
+from ..tasks import Regression, Task
 
 Answers: TypeAlias = list[dict[str, Any]]
 """The best labels of an image, the best first: {"label", "score"} of each, as transformers' pipelines give them."""
@@ -123,14 +124,40 @@ def lines_of(image: str, tasks: Mapping[str, Answers]) -> list[str]:
 
 
 def caption(image: str, tasks: Mapping[str, Answers]) -> str:
-    """What stands above an image in a picture."""
+    """What stands above an image in a picture: its name, and the best answer of each task."""
     best = [(f"{name}: " if name else "", answers[0]) for name, answers in tasks.items() if answers]
-    lines = [f"{prefix}{answer['label']} ({answer['score']:.0%})" for prefix, answer in best]
+    lines = [f"{prefix}{answer['label']} ({answer['score']:.2f})" for prefix, answer in best]
     return "\n".join([Path(image).name, *lines])
 
 
-Classify: TypeAlias = Callable[[Tensor], Mapping[str, tuple[Tensor, Sequence[str]]]]
-"""What gives for images (batch, channels, height, width) the scores (batch, classes) and labels of each task."""
+@dataclass(frozen=True)
+class TaskScores:
+    """What a task says of some images.
+
+    Attributes:
+        task: The task.
+        logits: Its logits, (images, labels).
+    """
+
+    task: Task
+    logits: Tensor
+
+    def best(self, top_k: int | None) -> list[Answers]:
+        """For each image the best labels; of a task of numbers all, in their order."""
+        labels, scores = self.task.labels, self.task.objective.scores(self.logits.float()).cpu()
+        if isinstance(self.task.objective, Regression):
+            values, places = scores, torch.arange(len(labels)).expand_as(scores)
+        else:
+            values, places = scores.topk(len(labels) if top_k is None else min(top_k, len(labels)))
+        pairs = zip(values.tolist(), places.tolist(), strict=True)
+        return [
+            [{"label": labels[place], "score": score} for score, place in zip(own, found, strict=True)]
+            for own, found in pairs
+        ]
+
+
+Classify: TypeAlias = Callable[[Tensor], Mapping[str, TaskScores]]
+"""What gives for images (batch, channels, height, width) what each task says of them, by its name."""
 
 
 def predict_each(
@@ -169,12 +196,12 @@ def predict_each(
                 f"the processor makes images of different shapes, {tuple(read[0].shape)} and {others[0]}; pass "
                 "batch_size=1, or a processor that makes all of one size"
             )
-        answers: Iterator[Mapping[str, Answers]] = iter(())
-        if read:
-            device, dtype = place
-            answers = iter(_best(classify(torch.stack(read).to(device, dtype)), len(read), top_k))
+        device, dtype = place
+        found = classify(torch.stack(read).to(device, dtype)) if read else {}
+        by_task = {name: iter(scores.best(top_k)) for name, scores in found.items()}
         for name, values, problem in batch:
-            yield Prediction(name, {} if values is None else next(answers), problem)
+            answers = {} if values is None else {task: next(own) for task, own in by_task.items()}
+            yield Prediction(name, answers, problem)
 
 
 def check_options(top_k: int | None, batch_size: int, on_error: str, processor: Any) -> None:
@@ -240,16 +267,3 @@ def _pixels(name: str, value: Any, processor: Any, channels: int) -> tuple[Tenso
         return torch.as_tensor(processor(images=image, return_tensors="pt").pixel_values[0]), ""
     except Exception as error:  # noqa: BLE001 - processors raise errors of every kind at pictures that they cannot take
         return None, f"{name}, {image.width} x {image.height} pixels, fails in the processor: {error}"
-
-
-def _best(
-    scores: Mapping[str, tuple[Tensor, Sequence[str]]], count: int, top_k: int | None
-) -> list[dict[str, Answers]]:
-    """For each image the best labels of each task."""
-    answers: list[dict[str, Answers]] = [{} for _ in range(count)]
-    for name, (values, labels) in scores.items():
-        best, places = values.float().cpu().topk(len(labels) if top_k is None else min(top_k, len(labels)))
-        for answer, own, found in zip(answers, best.tolist(), places.tolist(), strict=True):
-            pairs = zip(found, own, strict=True)
-            answer[name] = [{"label": labels[place], "score": score} for place, score in pairs]
-    return answers

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils.generic import ModelOutput
@@ -42,13 +41,12 @@ from ..tasks import (
     MaskedLane,
     Task,
     check_images,
-    check_labels,
     head_lane_of,
     interpolates,
     lane_of,
     merge,
 )
-from .prediction import Classify
+from .prediction import Classify, TaskScores
 from .shared import SharedModel
 
 if TYPE_CHECKING:
@@ -107,7 +105,7 @@ class TunedModel(SharedModel):
         self.config: Any = copy.deepcopy(backbone.config)
         if not task.backbone_head:
             self.config.id2label = dict(enumerate(task.labels))
-            self.config.problem_type = "single_label_classification"  # whatever the backbone's own head was for
+            self.config.problem_type = task.objective.problem_type  # whatever the backbone's own head was for
             self.config.label2id = {label: index for index, label in enumerate(task.labels)}
         self._recompute: dict[str, Any] | None = None
         self._enabled = True
@@ -177,8 +175,10 @@ class TunedModel(SharedModel):
 
         Args:
             pixel_values: Images as the processor gives them, (batch, channels, height, width).
-            labels: Indices of the right classes, (batch,); the output then has the mean cross-entropy as `loss`, in
-                training with what the methods add to it. Where the head is the backbone's, what that takes as labels.
+            labels: Indices of the right classes, (batch,); of a task of several classes an image, or of numbers, floats
+                (batch, labels). The output then has the mean loss as `loss` (cross-entropy, binary cross-entropy, the
+                squared error), in training with what the methods add to it. Where the head is the backbone's, what
+                that takes as labels.
             interpolate_pos_encoding: Accept images of another size than the backbone's.
             return_dict: False for a plain tuple.
             trunk: What `trunk_pass` gave for the images, in their place (masked mode, or a head alone).
@@ -281,8 +281,8 @@ class TunedModel(SharedModel):
         loss = None
         if labels is not None:
             self.task.require_head("labels")
-            check_labels(labels, answer.shape[0], len(self.task.labels))
-            loss = cross_entropy(answer, labels.long())
+            self.task.objective.check(labels, answer.shape[0], len(self.task.labels))
+            loss = self.task.objective.loss(answer, labels)
             if self.training and (penalty := self.task.penalty()) is not None:
                 loss = loss + penalty
         output = ImageClassifierOutput(loss=loss, logits=answer)
@@ -305,14 +305,14 @@ class TunedModel(SharedModel):
         self.task.require_head("predict")
 
         @torch.no_grad()
-        def classify(pixel_values: Tensor) -> dict[str, tuple[Tensor, Sequence[str]]]:
+        def classify(pixel_values: Tensor) -> dict[str, TaskScores]:
             training = self.training
             try:
                 output: Any = self.eval()(pixel_values) if training else self(pixel_values)
             finally:
                 if training:
                     self.train()
-            return {"": (output.logits.float().softmax(dim=-1), self.task.labels)}
+            return {"": TaskScores(self.task, output.logits)}
 
         return classify, self.processor
 

@@ -28,6 +28,7 @@ def wrap(
     masked: bool = False,
     extends: MultiTaskModel | None = None,
     processor: Any = None,
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None,
 ) -> TunedModel:
     """Put an adapter for a new task on a frozen vision model.
 
@@ -47,6 +48,8 @@ def wrap(
         extends: A model whose masked tasks the new one reads (masked mode only); they do not know of it, and stay as
             they are. To answer, the new task needs them.
         processor: The image processor of the task, saved with the adapter.
+        problem_type: What the labels of an image are: one class (None, or "single_label_classification"), any number of
+            classes ("multi_label_classification"), or a number for each of the labels ("regression").
 
     Raises:
         UnsupportedBackboneError: The model has no supported vision tower, or cannot be used in masked mode or with its
@@ -56,7 +59,7 @@ def wrap(
     backbone = as_pretrained(backbone)
     several = config if isinstance(config, Sequence) and not isinstance(config, str) else [config]
     earlier = {} if extends is None else _earlier_tasks(extends, backbone, masked)
-    names = _check_names(labels, num_labels, head, extends)
+    names = _check_names(labels, num_labels, head, extends, problem_type)
     configs = [as_config(each) for each in several]
     task = Task(
         configs,
@@ -66,12 +69,13 @@ def wrap(
         earlier,
         backbone_head=head == "backbone",
         random_features=head if isinstance(head, RandomFeatures) else None,
+        problem_type=problem_type,
     )
     return TunedModel(backbone, task, processor=processor)
 
 
 def _check_names(
-    labels: Sequence[str] | None, num_labels: int | None, head: Any, extends: MultiTaskModel | None
+    labels: Sequence[str] | None, num_labels: int | None, head: Any, extends: MultiTaskModel | None, problem_type: Any
 ) -> list[str]:
     """The names of the task's classes, none without a head."""
     if not isinstance(head, RandomFeatures) and head not in ("linear", "backbone", None):
@@ -80,9 +84,9 @@ def _check_names(
         )
     if head == "linear" or isinstance(head, RandomFeatures):
         return check_label_names(labels, num_labels)
-    if (labels, num_labels, extends) != (None, None, None):
+    if (labels, num_labels, extends, problem_type) != (None, None, None, None):
         given = "'backbone': the model gives the backbone's output" if head else "None: the model gives features"
-        raise ConfigError(f"head={given}; labels, num_labels and extends need a head of the task's own")
+        raise ConfigError(f"head={given}; labels, num_labels, extends and problem_type need a head of the task's own")
     return []
 
 

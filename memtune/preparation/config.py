@@ -91,7 +91,8 @@ _RULES: dict[str, Rule] = {
     "save_steps": _WHOLE,
     "save_total_limit": _WHOLE,
     "load_best_model_at_end": _FLAG,
-    "metric_for_best_model": _one_of("accuracy", "loss"),
+    "metric_for_best_model": ("the name of a score", lambda value: isinstance(value, str) and bool(value)),
+    "greater_is_better": _FLAG,
     "early_stopping_patience": _WHOLE,
     "trunk_cache": _FOLDER,
     "trunk_cache_dtype": _one_of(*DTYPES),
@@ -100,7 +101,7 @@ _RULES: dict[str, Rule] = {
 }
 
 _OPTIONAL = {"layerwise_lr_decay", "class_weights", "ema_decay", "image_size", "output_dir", "save_total_limit"}
-_OPTIONAL |= {"image_column", "label_column"}
+_OPTIONAL |= {"image_column", "label_column", "metric_for_best_model", "greater_is_better"}
 _OPTIONAL |= {"early_stopping_patience", "trunk_cache", "trunk_cache_max_gb", *RECIPES["masked"]}
 
 
@@ -148,7 +149,9 @@ class TrainingConfig:
         save_steps: Steps between two checkpoints.
         save_total_limit: Checkpoints to keep, the oldest go; None for all.
         load_best_model_at_end: End with the values of the epoch whose evaluation was best.
-        metric_for_best_model: "accuracy" or "loss".
+        metric_for_best_model: The score that is best or not: "accuracy", "loss", or any other that evaluations give;
+            None for the usual one ("accuracy", "mean_average_precision", or of numbers "r2").
+        greater_is_better: Whether larger ones are better; None for what the name says: "loss" and errors are not.
         early_stopping_patience: Stop after so many epochs in a row without a better evaluation; None to go on.
         trunk_cache: A folder for what the trunk makes of each image, in masked mode: computed once, then read, by any
             method, task and run with the same images and backbone (docs/trunk_cache.md). None to compute it each time.
@@ -196,7 +199,8 @@ class TrainingConfig:
     save_steps: int = 500
     save_total_limit: int | None = None
     load_best_model_at_end: bool = False
-    metric_for_best_model: Literal["accuracy", "loss"] = "accuracy"
+    metric_for_best_model: str | None = None
+    greater_is_better: bool | None = None
     early_stopping_patience: int | None = None
     trunk_cache: str | Path | None = None
     trunk_cache_dtype: CacheType = "bfloat16"

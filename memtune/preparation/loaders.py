@@ -129,7 +129,7 @@ def make_loader(
         augment: What changes the images; None for nothing, as always to evaluate.
     """
     items = make_items(model, dataset, config, augment)
-    collator: Any = Collator(len(model.task.labels))
+    collator: Any = Collator(len(model.task.labels), model.task.objective)
     if config.trunk_cache is not None:
         versions = 1 if augment is None else min(int(config.trunk_cache_versions), _epochs(items, config, accelerator))
         items, collator = cached_dataset(model, items, cache_settings(model, config), accelerator, versions=versions)
@@ -159,6 +159,7 @@ def make_items(model: TunedModel, dataset: Any, config: TrainingConfig, augment:
         channels=Backbone(model.backbone).channels,
         image_column=config.image_column,
         label_column=config.label_column,
+        objective=model.task.objective,
     )
 
 
@@ -169,7 +170,7 @@ def check_items(model: TunedModel, items: Items, config: TrainingConfig) -> tupl
         InputError: The item is none that the model takes.
     """
     item = items.version(0, 0)
-    batch = Collator(len(model.task.labels))([item])
+    batch = Collator(len(model.task.labels), model.task.objective)([item])
     interpolate = config.image_size is not None or model.task.image_size is not None
     images = check_images(batch["pixel_values"], Backbone(model.backbone), interpolate=interpolate)
     return images.shape[2], images.shape[3]

@@ -32,7 +32,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from ..backbones import Backbone, fingerprint, head_fingerprint, same_weights
 from ..errors import BackboneMismatchError, CheckpointError, ConfigError
 from ..methods import AdapterConfig, read_config
-from ..tasks import RandomFeatures, Task
+from ..tasks import RandomFeatures, SingleLabel, Task, find_objective
 from .atomic import current, replace_files, settle
 from .card import CardDetails, hub_name, public_name, write_card
 from .processors import PROCESSOR_NAME, make_processor, save_processor
@@ -86,6 +86,7 @@ class AdapterFolder:
         backbone_head: Whether the backbone's own head reads the adapted tower.
         random_features: What the task's head reads, made of the feature; None for the feature itself.
         image_size: Height and width in pixels that it was trained at, where they are not the backbone's; else None.
+        problem_type: What the labels of an image are, by transformers' name.
     """
 
     path: Path
@@ -99,6 +100,7 @@ class AdapterFolder:
     backbone_head: bool
     random_features: RandomFeatures | None
     image_size: tuple[int, int] | None
+    problem_type: str
 
 
 def write_folder(
@@ -173,6 +175,8 @@ def describe_adapter(task: Task, model: PreTrainedModel, processor: Any, name: s
             "fingerprint": fingerprint(backbone),
         },
     }
+    if not isinstance(task.objective, SingleLabel):
+        config["problem_type"] = task.objective.problem_type
     if task.random_features is not None:
         config["random_features"] = task.random_features.to_dict()
     if task.image_size is not None:
@@ -319,6 +323,7 @@ def _made(
         config.get("head") == BACKBONE_HEAD,
         _read_random_features(config, folder),
         _read_image_size(config, folder),
+        _read_problem_type(config, folder),
     )
 
 
@@ -380,6 +385,13 @@ def _read_random_features(config: Mapping[str, Any], folder: Path) -> RandomFeat
         raise CheckpointError(f"{folder / CONFIG_NAME}: random_features is {values!r}: {error}") from error
 
 
+def _read_problem_type(config: Mapping[str, Any], folder: Path) -> str:
+    try:
+        return find_objective(config.get("problem_type")).problem_type
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG_NAME}: {error}") from error
+
+
 def _read_image_size(config: Mapping[str, Any], folder: Path) -> tuple[int, int] | None:
     size = config.get("image_size")
     if size is None:
@@ -420,6 +432,7 @@ def make_task(folder: AdapterFolder, backbone: Backbone, known: Mapping[str, Tas
         earlier,
         backbone_head=folder.backbone_head,
         random_features=folder.random_features,
+        problem_type=folder.problem_type,
     )
     task.load_tensors(folder.tensors)
     task.image_size = folder.image_size

@@ -82,6 +82,12 @@ _FEATURES = """\
 
 It has no head and no classes: it gives the features of an image, for a head of your own."""
 
+_TITLES = {
+    None: "## Classes",
+    "multi_label_classification": "## Classes\n\nAny number of them may be in an image.",
+    "regression": "## Numbers\n\nIt gives numbers, no classes.",
+}
+
 _BACKBONE_HEAD = """\
 ## Output
 
@@ -178,7 +184,9 @@ def write_card(
         backbone=f", [{base_model}](https://huggingface.co/{base_model})" if base_model else "",
         usage=_usage(config, base_model, details),
         answers=_answers(config),
-        closed="- It answers with one of these classes whatever the image shows.\n" if labels else "",
+        closed="- It answers with one of these classes whatever the image shows.\n"
+        if labels and not config.get("problem_type")
+        else "",
         results=_table(
             "Results", ("metric", "value"), {name: f"{value:.4g}" for name, value in details.results.items()}
         ),
@@ -194,7 +202,7 @@ def write_card(
 def _answers(config: Mapping[str, Any]) -> str:
     labels = config["labels"]
     if labels:
-        return f"## Classes\n\n{len(labels)}: {_list_labels(labels)}"
+        return f"{_TITLES[config.get('problem_type')]}\n\n{len(labels)}: {_list_labels(labels)}"
     return _BACKBONE_HEAD.format(model_class=config["backbone"]["model_class"]) if config.get("head") else _FEATURES
 
 
@@ -263,6 +271,10 @@ def _usage(config: Mapping[str, Any], base_model: str | None, details: CardDetai
     size = ", ".join(str(number) for number in (1, config["backbone"]["channels"], *config["backbone"]["image_size"]))
     random = f"pixel_values = torch.rand({size})  # an image as the backbone's processor gives it"
     answer, shown = f"logits = {logits}", f"{labels}[logits.argmax().item()]"
+    if config.get("problem_type"):
+        sigmoid = ".sigmoid()" if config["problem_type"] == "multi_label_classification" else ""
+        names = labels if earlier else f"{labels}.values()"
+        shown = f"dict(zip({names}, logits[0]{sigmoid}.tolist()))"
     if config.get("head"):
         answer, shown = "output = model(pixel_values)", "list(output)"
     elif not config["labels"]:

@@ -7,8 +7,6 @@ from .arrangement import head_lane_of as head_lane_of
 from .arrangement import lane_of as lane_of
 from .checks import check_images as check_images
 from .checks import check_label_names as check_label_names
-from .checks import check_label_range as check_label_range
-from .checks import check_labels as check_labels
 from .checks import check_task_names as check_task_names
 from .checks import interpolates as interpolates
 from .checks import is_text as is_text
@@ -26,6 +24,13 @@ from .merging import head_width as head_width
 from .merging import merge as merge
 from .merging import no_head_message as no_head_message
 from .merging import pad_head as pad_head
+from .objectives import IGNORED as IGNORED
+from .objectives import OBJECTIVES as OBJECTIVES
+from .objectives import MultiLabel as MultiLabel
+from .objectives import Objective as Objective
+from .objectives import Regression as Regression
+from .objectives import SingleLabel as SingleLabel
+from .objectives import find_objective as find_objective
 from .plan import Plan as Plan
 from .plan import make_plan as make_plan
 from .task import Task as Task

@@ -11,8 +11,6 @@ from torch import Tensor
 from ..backbones import Backbone
 from ..errors import ConfigError, InputError
 
-_WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
 
 def check_images(images: Any, backbone: Backbone, *, interpolate: bool) -> Tensor:
     """Give images back that a backbone takes.
@@ -66,25 +64,6 @@ def interpolates(images: Any, trained: Mapping[str, tuple[int, int]], *, asked: 
             "processor, or pass interpolate_pos_encoding=True to take any size"
         )
     return True
-
-
-def check_labels(labels: Any, batch: int, classes: int) -> None:
-    """Raise `InputError` unless `labels` are the class indices of a batch, (batch,).
-
-    On an accelerator their range is left unchecked, as a look at it would wait for the device; `memtune.fit` checks it
-    before the batch is moved there.
-    """
-    if not isinstance(labels, Tensor) or labels.dtype not in _WHOLE_NUMBERS or tuple(labels.shape) != (batch,):
-        raise InputError(f"labels: got {_describe(labels)}, expected a tensor of {batch} class indices")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_label_range(labels, classes)
-
-
-def check_label_range(labels: Tensor, classes: int) -> None:
-    """Raise `InputError` if a label is not the index of a class (-100, which the loss ignores, is allowed)."""
-    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != -100)]
-    if wrong.numel():
-        raise InputError(f"labels: got {sorted(set(wrong.tolist()))}, expected class indices from 0 to {classes - 1}")
 
 
 def is_text(value: str) -> bool:

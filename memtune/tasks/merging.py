@@ -48,7 +48,7 @@ def merge(backbone: PreTrainedModel, task: Task) -> PreTrainedModel:
         if task.head is not None:
             warnings.warn(no_head_message(backbone), stacklevel=2)
         return merged
-    _set_labels(merged, task.labels)
+    _set_labels(merged, task)
     weight, bias = pad_head(task, head_width(classifier))
     head = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], device=weight.device, dtype=merged.dtype)
     head.load_state_dict({"weight": weight, "bias": bias})
@@ -71,10 +71,11 @@ def no_head_message(model: PreTrainedModel) -> str:
     )
 
 
-def _set_labels(model: Any, labels: list[str]) -> None:
-    model.config.id2label = dict(enumerate(labels))
-    model.config.label2id = {label: index for index, label in enumerate(labels)}
-    model.num_labels = len(labels)
+def _set_labels(model: Any, task: Task) -> None:
+    model.config.id2label = dict(enumerate(task.labels))
+    model.config.label2id = {label: index for index, label in enumerate(task.labels)}
+    model.config.problem_type = task.objective.problem_type
+    model.num_labels = len(task.labels)
 
 
 def pad_head(task: Task, width: int) -> tuple[Tensor, Tensor]:

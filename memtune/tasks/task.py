@@ -15,6 +15,7 @@ from ..errors import CheckpointError, ConfigError, UnsupportedBackboneError
 from ..methods import Adapter, AdapterConfig, create_adapter, find_method
 from .checks import misfits
 from .heads import HEAD_STD, RandomFeatureHead, RandomFeatures, create_head
+from .objectives import find_objective
 
 
 class Task(nn.Module):
@@ -22,7 +23,8 @@ class Task(nn.Module):
 
     Attributes:
         adapters: One adapter for each method.
-        labels: Names of the classes; none if the task has no head.
+        labels: Names of the classes, or of the numbers that it gives; none if the task has no head.
+        objective: What its labels are, and how answers are measured by them.
         has_token: Whether a token of the task's own, or the backbone's, reads the images for the head; if not, a method
             makes the feature.
         head: What makes logits of features, or None.
@@ -39,6 +41,7 @@ class Task(nn.Module):
         extends: Earlier tasks, by name, whose tokens and memory the task reads in its stream.
         backbone_head: Whether the backbone's own head reads the adapted tower (unmasked; the task has no labels).
         random_features: What the head reads, made of the feature; None for the feature itself.
+        problem_type: What the labels are, by transformers' name; None for one class of an image.
 
     Raises:
         ConfigError: The methods do not go together, or a setting does not fit the backbone.
@@ -55,6 +58,7 @@ class Task(nn.Module):
         *,
         backbone_head: bool = False,
         random_features: RandomFeatures | None = None,
+        problem_type: str | None = None,
     ) -> None:
         super().__init__()
         if backbone_head:
@@ -64,6 +68,7 @@ class Task(nn.Module):
         self.image_size: tuple[int, int] | None = None
         self.extends = dict(extends or {})  # no submodules: they are other tasks' to train, save and count
         self.labels = list(labels)
+        self.objective = find_objective(problem_type)
         self.masked = masked
         adapters = nn.ModuleList(create_adapter(config.for_mode(masked), backbone) for config in configs)
         self.adapters = cast("Sequence[Adapter]", adapters)

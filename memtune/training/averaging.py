@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..tasks import Task
 
-LARGER_IS_BETTER = {"accuracy": True, "loss": False}
-"""For each metric that a run can choose by."""
+_ERRORS = ("loss", "mse", "mae", "rmse", "error")
+"""Scores of which, or of whose last part, less is better."""
 
 
 class MovingAverage:
@@ -71,19 +71,28 @@ class BestValues:
         scores: Those of that evaluation; none before the first.
 
     Args:
-        metric: "accuracy" or "loss".
+        metric: The score that says so.
+        greater_is_better: Whether larger ones are better; None for what its name says.
     """
 
-    def __init__(self, metric: str) -> None:
+    def __init__(self, metric: str, *, greater_is_better: bool | None = None) -> None:
         self.tensors: dict[str, Tensor] | None = None
         self.waited = 0
         self._metric = metric
+        error = metric.rpartition("_")[2] in _ERRORS
+        self._greater = not error if greater_is_better is None else greater_is_better
         self.scores: dict[str, float] = {}
 
     def update(self, scores: dict[str, float], task: Task) -> None:
-        """Take an evaluation in, and the task's values if it is the best one."""
+        """Take an evaluation in, and the task's values if it is the best one.
+
+        Raises:
+            ConfigError: It has no such score.
+        """
+        if self._metric not in scores:
+            raise ConfigError(f"metric_for_best_model: got {self._metric!r}, but evaluations give {sorted(scores)}")
         score, best = scores[self._metric], self.scores.get(self._metric)
-        better = best is None or (score > best if LARGER_IS_BETTER[self._metric] else score < best)
+        better = best is None or (score > best if self._greater else score < best)
         self.waited = 0 if better else self.waited + 1
         if better:
             self.scores = dict(scores)

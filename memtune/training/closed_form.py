@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 from tqdm.auto import tqdm
 
-from ..data import IGNORED
-from ..errors import InputError
+from ..errors import ConfigError, InputError
 from ..models import TunedModel
 from ..preparation import TrainingConfig, borrowed_state, check_items, make_accelerator, make_items, make_loader
-from ..tasks import RandomFeatureHead
+from ..tasks import IGNORED, RandomFeatureHead, SingleLabel
 from ..trunk_cache import check_cacheable, to_pass
 
 logger = logging.getLogger(__name__)
@@ -153,6 +152,10 @@ def fit_closed_form(model: TunedModel, train_dataset: Any, config: TrainingConfi
     """
     start = time.perf_counter()
     head = model.task.require_head("fit_closed_form")
+    if not isinstance(model.task.objective, SingleLabel):
+        raise ConfigError(
+            f"fit_closed_form: got a task of {model.task.objective.problem_type}, expected classes; use fit"
+        )
     config = config or TrainingConfig()
     features, labels = read_features(model, train_dataset, config)
     sums = FeatureSums(head)

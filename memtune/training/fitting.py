@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..backbones import Backbone
 from ..errors import ConfigError
+from ..evaluation import MetricsFunction, check_metrics
 from ..models import TunedModel
 from ..preparation import TrainingConfig, borrowed_state, check_folders, make_accelerator, sharded
 from ..storage import sized
+from ..tasks import Objective, Regression, SingleLabel
 from ..trunk_cache import check_cacheable
 from .callbacks import TrainingCallback
 from .result import TrainingResult
@@ -31,6 +32,7 @@ def fit(
     config: TrainingConfig | None = None,
     *,
     compute_loss_func: LossFunction | None = None,
+    compute_metrics: MetricsFunction | None = None,
     callbacks: Sequence[TrainingCallback] = (),
     resume_from_checkpoint: bool | str | Path | None = None,
     image_column: str | None = None,
@@ -48,8 +50,11 @@ def fit(
             can only be iterated over the images of `max_steps` batches are read, undecoded, before the first step.
         eval_dataset: The same; evaluated after each epoch.
         config: The settings.
-        compute_loss_func: The loss in training, `f(outputs, labels)`, in place of cross-entropy with label smoothing
-            and class weights; what the methods add to it is still added.
+        compute_loss_func: The loss in training, `f(outputs, labels)`, in place of cross-entropy (of several classes an
+            image binary cross-entropy, of numbers the squared error) with label smoothing and class weights; what the
+            methods add to it is still added.
+        compute_metrics: Makes further scores of all logits and labels of an evaluation, `f(EvalPrediction)`, as for
+            transformers' Trainer; `metric_for_best_model` may name one.
         callbacks: What is to be done at each step.
         resume_from_checkpoint: A folder `checkpoint-<step>` to go on from, or True for the last one in
             `config.output_dir` (where there is none yet, the run starts at its beginning). On one process the run ends
@@ -64,18 +69,21 @@ def fit(
         ConfigError: The settings do not go together, or not with the checkpoint's run.
         CheckpointError: The checkpoint is missing or damaged.
     """
-    config = (config or TrainingConfig()).for_mode(model.task.masked).with_columns(image_column, label_column)
+    config = (config or TrainingConfig()).with_columns(image_column, label_column)
+    _check_objective(model.task.objective, config, compute_metrics)
+    config = config.for_mode(model.task.masked)
     _check(model, config, eval_dataset, resume_from_checkpoint)
     set_seed(config.seed)
     compute_loss = compute_loss_func or partial(
-        _cross_entropy,
+        _loss,
+        model.task.objective,
         label_smoothing=config.label_smoothing_factor or 0.0,
         weights=None if config.class_weights is None else torch.tensor(config.class_weights, dtype=torch.float32),
     )
     with borrowed_state():
         accelerator = make_accelerator(config, tracking=True)
         with sharded(accelerator, model) as trained:
-            run = TrainingRun(accelerator, trained, config, compute_loss, callbacks)
+            run = TrainingRun(accelerator, trained, config, compute_loss, callbacks, compute_metrics)
             try:
                 run.prepare(train_dataset, eval_dataset, resume_from_checkpoint or False)
                 _record_size(model, trained, run.image_size, config)
@@ -108,10 +116,31 @@ def _check(model: TunedModel, config: TrainingConfig, eval_dataset: Any, resume:
         raise ConfigError("resume_from_checkpoint: set output_dir, where the run's checkpoints are")
 
 
-def _cross_entropy(
-    outputs: ImageClassifierOutput, labels: Tensor, label_smoothing: float, weights: Tensor | None
+def _check_objective(objective: Objective, config: TrainingConfig, compute_metrics: MetricsFunction | None) -> None:
+    """Raise `ConfigError` if a setting means nothing for what the labels are."""
+    metric = (config.metric_for_best_model or objective.metric).removeprefix("eval_")
+    if compute_metrics is None and metric not in objective.metrics:
+        raise ConfigError(
+            f"metric_for_best_model: got {config.metric_for_best_model!r}, expected one of {objective.metrics}, or one "
+            "that compute_metrics gives"
+        )
+    check_metrics(objective)
+    if isinstance(objective, SingleLabel):
+        return
+    if config.mixup_alpha or config.cutmix_alpha:
+        raise ConfigError(f"mixup_alpha, cutmix_alpha: not for {objective.problem_type}; leave them out")
+    if isinstance(objective, Regression) and (config.label_smoothing_factor or config.class_weights is not None):
+        raise ConfigError("label_smoothing_factor, class_weights: numbers have no classes; leave them out")
+
+
+def _loss(
+    objective: Objective,
+    outputs: ImageClassifierOutput,
+    labels: Tensor,
+    label_smoothing: float,
+    weights: Tensor | None,
 ) -> Tensor:
     logits = outputs.logits
     assert logits is not None
     weights = None if weights is None else weights.to(logits.device)
-    return cross_entropy(logits, labels, weight=weights, label_smoothing=label_smoothing)
+    return objective.loss(logits, labels, label_smoothing=label_smoothing, weights=weights)

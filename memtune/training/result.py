@@ -24,8 +24,8 @@ class TrainingResult:
         log_history: For each `logging_steps` steps `step`, `epoch`, `loss` (the mean since the entry before) and
             `learning_rate`.
         steps: Steps of the optimizer.
-        scores: `accuracy` and `loss` on the evaluation's images of the values that the model has at the end; nothing
-            without an evaluation.
+        scores: What the evaluation's images say of the values that the model has at the end: `accuracy` and `loss`, or
+            what else `memtune.evaluate` measures; nothing without an evaluation.
         seconds: The whole run, the filling of a trunk cache included; of a resumed run all its parts.
     """
 
@@ -36,7 +36,7 @@ class TrainingResult:
     scores: dict[str, float] = field(default_factory=dict)
 
     def plot(self, path: str | Path) -> None:
-        """Draw the learning curves: loss by step, and loss and accuracy of the evaluations by epoch.
+        """Draw the learning curves: loss by step, and loss and the first score of the evaluations by epoch.
 
         Args:
             path: The picture's file; its ending says the format (.png, .svg, .pdf).
@@ -54,8 +54,10 @@ class TrainingResult:
         left.set(xlabel="epochs", ylabel="loss")
         if "eval_loss" in self.history[0]:
             left.plot(epochs, [entry["eval_loss"] for entry in self.history], marker="o", label="evaluation")
-            right.plot(epochs, [100 * entry["eval_accuracy"] for entry in self.history], marker="o", color="C1")
-            right.set(xlabel="epochs", ylabel="accuracy in evaluation, %")
+            score = next(name for name in self.history[0] if name.startswith("eval_"))
+            unit, factor = (", %", 100) if score == "eval_accuracy" else ("", 1)
+            right.plot(epochs, [factor * entry[score] for entry in self.history], marker="o", color="C1")
+            right.set(xlabel="epochs", ylabel=f"{score.removeprefix('eval_').replace('_', ' ')} in evaluation{unit}")
             right.grid(alpha=0.3)
         else:
             right.axis("off")

@@ -23,9 +23,9 @@ from transformers import get_scheduler
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..backbones import Backbone, fingerprint
-from ..data import IGNORED, Items, digest, is_stream, take
+from ..data import Items, digest, is_stream, take
 from ..errors import CheckpointError, InputError, MemtuneError
-from ..evaluation import measure, run_batch
+from ..evaluation import MetricsFunction, measure, run_batch
 from ..models import TunedModel
 from ..preparation import (
     TrainingConfig,
@@ -62,6 +62,7 @@ class TrainingRun:
         config: The settings, those of its mode filled in.
         compute_loss: The loss.
         callbacks: What is to be done at each step.
+        compute_metrics: What makes further scores of an evaluation.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class TrainingRun:
         config: TrainingConfig,
         compute_loss: LossFunction,
         callbacks: Sequence[TrainingCallback],
+        compute_metrics: MetricsFunction | None = None,
     ) -> None:
         self.accelerator = accelerator
         self.config = config
@@ -80,7 +82,10 @@ class TrainingRun:
         self._compute_loss = compute_loss
         self._callbacks = callbacks
         self._begun: list[TrainingCallback] = []
-        self._best = BestValues(config.metric_for_best_model)
+        self._compute_metrics = compute_metrics
+        self._objective = model.task.objective
+        metric = config.metric_for_best_model or self._objective.metric
+        self._best = BestValues(metric.removeprefix("eval_"), greater_is_better=config.greater_is_better)
         self._average = None if config.ema_decay is None else MovingAverage(model.task, config.ema_decay)
         self._augmentation = make_augmentation(config)
         self._mixing = make_mixing(config, len(model.task.labels))
@@ -243,7 +248,7 @@ class TrainingRun:
         """Forward and backward over one batch, and the optimizer's step when enough of them have come."""
         if self.accelerator.step % self.config.gradient_accumulation_steps == 0:
             self._call("on_step_begin")
-        kept = batch["labels"] != IGNORED
+        kept = self._objective.kept(batch["labels"])
         count = kept.sum()
         if self._mixing is not None and count:
             batch = {name: batch[name][kept] for name in ("pixel_values", "labels")}
@@ -329,7 +334,14 @@ class TrainingRun:
         if self._eval_loader is not None:
             task = self._tuned.task
             with nullcontext() if self._average is None else self._average.in_place(task, self._whole):
-                scores = measure(self.accelerator, self.model, self._eval_loader, self.config)
+                scores = measure(
+                    self.accelerator,
+                    self.model,
+                    self._eval_loader,
+                    self.config,
+                    self._objective,
+                    compute_metrics=self._compute_metrics,
+                )
                 with self._whole():
                     self._best.update(scores, task)
             entry |= {f"eval_{name}": value for name, value in scores.items()}

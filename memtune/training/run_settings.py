@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..models import TunedModel
 from ..preparation import TrainingConfig
+from ..tasks import SingleLabel
 
 _WITHOUT_EFFECT = {"disable_tqdm", "dataloader_num_workers", "logging_steps", "report_to", "trunk_cache_max_gb"}
 _WITHOUT_EFFECT |= {"output_dir", "save_strategy", "save_steps", "save_total_limit"}
@@ -39,6 +40,8 @@ def describe_run(model: TunedModel, config: TrainingConfig, **more: Any) -> dict
         "labels": task.labels,
         **more,
     }
+    if not isinstance(task.objective, SingleLabel):
+        values["problem_type"] = task.objective.problem_type
     if task.random_features is not None:
         values["random_features"] = task.random_features.to_dict()
     return json.loads(json.dumps(values))

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from ..backbones import Backbone
-from ..data import IGNORED, ItemDataset, Items
+from ..data import ItemDataset, Items
 from ..errors import ConfigError, InputError
 from ..models import TunedModel
-from ..tasks import check_label_range
+from ..tasks import IGNORED, Objective
 from .reader import BatchReader
 from .store import CacheType, TrunkCache, describe_trunk, digest_of
 
@@ -56,14 +56,18 @@ class CachedDataset(Dataset):
         cache: The cache.
         images: For each version, and in it for each item, the digest of its image; None for one that cannot be read and
             is skipped: another one stands in its place, with the label that is left out.
-        labels: For each item the index of its class.
+        labels: For each item its label.
+        blank: The label that is left out.
 
     Raises:
         InputError: No image can be read.
     """
 
-    def __init__(self, cache: TrunkCache, images: Sequence[str | None], labels: Sequence[int]) -> None:
+    def __init__(
+        self, cache: TrunkCache, images: Sequence[str | None], labels: Sequence[Any], blank: Any = IGNORED
+    ) -> None:
         self._cache = cache
+        self._blank_label = blank
         self._images = images
         self._labels = labels
         self._first = 0
@@ -83,7 +87,7 @@ class CachedDataset(Dataset):
         image = self._images[self._first + index]
         if image is None:
             assert self._blank is not None
-            return {"trunk": self._cache.path(self._blank), "labels": IGNORED}
+            return {"trunk": self._cache.path(self._blank), "labels": self._blank_label}
         return {"trunk": self._cache.path(image), "labels": self._labels[index]}
 
 
@@ -91,17 +95,18 @@ class CachedCollator:
     """Makes a batch of items of a `CachedDataset`: `labels` (batch,), and `trunk` as `BatchReader.read` gives it.
 
     Args:
-        classes: Number of classes; a label outside is refused.
+        outputs: Number of labels of the task; one outside is refused.
+        objective: What the labels are.
     """
 
-    def __init__(self, classes: int) -> None:
-        self._classes = classes
+    def __init__(self, outputs: int, objective: Objective) -> None:
+        self._outputs = outputs
+        self._objective = objective
         self._reader = BatchReader()
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """One batch."""
-        labels = torch.as_tensor([item["labels"] for item in items])
-        check_label_range(labels, self._classes)
+        labels = self._objective.stack([item["labels"] for item in items], self._outputs)
         return {"labels": labels, "trunk": self._reader.read([item["trunk"] for item in items])}
 
 
@@ -142,10 +147,11 @@ def cached_dataset(
     cache = TrunkCache(settings.folder, context, dtype=settings.dtype)
     _Filler(model.to(accelerator.device), items, cache, settings, accelerator).fill(images)
     found = [None if image is None or not cache.path(image).is_file() else image for image in images]
-    return CachedDataset(cache, found, labels), CachedCollator(len(model.task.labels))
+    dataset = CachedDataset(cache, found, labels, items.blank_label)
+    return dataset, CachedCollator(len(model.task.labels), model.task.objective)
 
 
-def _identify(items: Items, versions: int) -> tuple[list[str | None], list[int], dict[str, Any]]:
+def _identify(items: Items, versions: int) -> tuple[list[str | None], list[Any], dict[str, Any]]:
     """For each version and item the digest of the image, or None; for each item its label; what is done to all.
 
     Raises:

@@ -13,8 +13,9 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 import memtune
 from memtune import TrainingConfig
 from memtune.continual.protocol import ContinualTask, fit_continual
-from memtune.data import IGNORED, LabelReader, as_items, class_names
+from memtune.data import LabelReader, as_items, class_names
 from memtune.errors import ConfigError, InputError
+from memtune.tasks import IGNORED
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})
 LABELS = ["ant", "bee", "cat"]
@@ -147,8 +148,8 @@ def test_what_a_model_of_numbers_takes():
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        (0.7, "no regression"),
-        (torch.tensor(1.0), "no regression"),
+        (0.7, "expected the index or the name of a class"),
+        (torch.tensor(1.0), "expected the index or the name of a class"),
         (None, "has no label"),
         ([0, 1], "several classes"),
         (torch.eye(3)[0], "several classes"),

@@ -225,7 +225,7 @@ def test_settings_that_need_something_else(settings, message):
         {"logging_steps": None},
         {"output_dir": 3},
         {"load_best_model_at_end": 1},
-        {"metric_for_best_model": "f1"},
+        {"metric_for_best_model": 1},
         {"early_stopping_patience": 0},
     ],
 )
