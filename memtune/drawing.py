@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .errors import ConfigError, MemtuneError
 
@@ -41,12 +41,19 @@ def check_picture(path: str | Path, option: str) -> None:
         )
 
 
-def draw_sheet(images: Sequence[tuple[Any, str]], path: str | Path, columns: int = 4) -> None:
+def as_picture(values: Any) -> Any:
+    """An array (channels, height, width) of any range as a picture from 0 to 1, (height, width[, 3])."""
+    low, high = values.min(), values.max()
+    scaled = (values - low) / max(high - low, 1e-6)
+    return scaled.transpose(1, 2, 0) if len(scaled) == 3 else scaled.mean(axis=0)
+
+
+def draw_sheet(images: Sequence[tuple[Any, str]], path: str | Path | BinaryIO, columns: int = 4) -> None:
     """Draw images side by side.
 
     Args:
         images: Each with what stands above it; its lines may be a stranger's, and are shown as they are.
-        path: The picture to write.
+        path: The picture to write, or an open file.
         columns: Images in a row.
 
     Raises:

@@ -14,8 +14,9 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from ..data import load_folder
-from ..drawing import check_picture, draw_sheet
+from ..drawing import check_picture, draw_sheet, new_figure
 from ..errors import CheckpointError, ConfigError, InputError
+from ..evaluation import EvaluationReport
 from ..evaluation import evaluate as evaluate_model
 from ..evaluation import inspect_data as look_at_data
 from ..models import MultiTaskModel, Prediction, TableWriter, TunedModel, caption, lines_of
@@ -253,12 +254,34 @@ def _load_backbone(name: str | None) -> PreTrainedModel | None:
 
 
 def evaluate(options: Namespace) -> Result:
-    """Measure an adapter's accuracy on a folder with one folder of images for each class, named by its labels."""
-    model = TunedModel.from_pretrained(options.adapter, _load_backbone(options.backbone))
-    data = load_folder(options.data)
-    scores = evaluate_model(model, data, TrainingConfig(disable_tqdm=True, image_size=options.image_size))
-    values = {"adapter": options.adapter, "images": len(data), **scores}
-    return Result(values, f"{finetuning.in_words(scores)} of {len(data)} images, loss {scores['loss']:.4f}")
+    """Measure an adapter on a folder with one folder of images for each class, named by its labels.
+
+    Of a folder of many tasks each is measured on a folder of its own.
+    """
+    several = is_collection(options.adapter)
+    folders = dict(options.data)
+    if len(folders) < len(options.data) or several == ("" in folders) or (len(folders) > 1 and not several):
+        expected = "TASK=FOLDER for each task to measure" if several else "one FOLDER"
+        raise ConfigError(f"--data: got {[folder for _, folder in options.data]}, expected {expected}")
+    if options.report is not None:
+        new_figure()  # asked for now, and not after hours
+    data = {name: load_folder(folder) for name, folder in folders.items()}
+    model: Any = MultiTaskModel if several else TunedModel
+    model = model.from_pretrained(options.adapter, _load_backbone(options.backbone))
+    config = TrainingConfig(disable_tqdm=True, image_size=options.image_size)
+    found: Any = evaluate_model(model, data if several else data[""], config, report=options.report is not None)
+    values: dict[str, Any] = {"adapter": options.adapter}
+    lines = []
+    for name, own in (found if several else {"": found}).items():
+        scores = own.summary if isinstance(own, EvaluationReport) else own
+        (values.setdefault(name, {}) if name else values).update(images=len(data[name]), **scores)
+        text = f"{finetuning.in_words(scores)} of {len(data[name])} images, loss {scores['loss']:.4f}"
+        if isinstance(own, EvaluationReport):
+            folder = Path(str(options.report), name)
+            own.save(folder)
+            text = f"{own}\n\n{folder / 'report.html'}"
+        lines.append(f"{name}: {text}" if name else text)
+    return Result(values, "\n".join(lines))
 
 
 def combine(options: Namespace) -> Result:

@@ -45,6 +45,9 @@ parts, and labels that are none. The exit code is 1 if something would stop a tr
 _PREDICT = """Prints a line for each image and task: the best labels with their probabilities. Images that cannot be
 read are named, and the exit code is 1; the others are answered all the same."""
 
+_EVALUATE = """With --report also by class and by pair of classes, how well the probabilities are calibrated, and the
+worst errors."""
+
 _COMBINE = "Prints what the tasks share, and what they cost beside a pass of the backbone."
 
 _NEWLINE = chr(10)
@@ -95,9 +98,17 @@ def build_parser(arguments: Sequence[str] | None = None) -> argparse.ArgumentPar
     add("--device", help="where to run: cpu, cuda, cuda:1 ...; by default a GPU, if there is one")
     add("--output", metavar="FILE.csv", help="write the answers into this file as they come, and print none")
     add("--sheet", help="also draw a contact sheet with the first 60 images and their answers into this PNG")
-    add = command("evaluate", "measure an adapter's accuracy on a folder of images").add_argument
-    add("adapter", help="the adapter")
-    add("--data", required=True, help="a folder with one folder of images for each class, named by the labels")
+    add = command("evaluate", "measure an adapter, or each of many, on a folder of images", _EVALUATE).add_argument
+    add("adapter", help="the adapter, or a folder of `memtune combine`")
+    add(
+        "--data",
+        action="append",
+        required=True,
+        metavar="[TASK=]FOLDER",
+        type=_named,
+        help="a folder with one folder of images for each class, named by the labels; may be repeated for many tasks",
+    )
+    add("--report", metavar="FOLDER", help="write report.html, with pictures, report.json and predictions.csv there")
     backbone(add)
     add("--image_size", type=int, help="height and width in pixels, in place of the processor's")
     add = command(
@@ -138,7 +149,7 @@ def _named(value: str) -> tuple[str, str]:
     if not found or Path(value).exists():
         return "", value
     if not (name and source):
-        raise argparse.ArgumentTypeError(f"got {value!r}, expected NAME=ADAPTER, such as pets=pets-lora, or an adapter")
+        raise argparse.ArgumentTypeError(f"got {value!r}, expected NAME=PATH, such as pets=pets-lora, or a path")
     return name, source
 
 

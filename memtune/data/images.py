@@ -34,6 +34,9 @@ _KINDS = (
 )
 
 
+_NO_PATH = "no path"
+
+
 class Items(Dataset, ABC):
     """A data set as a model takes it: `pixel_values` (channels, height, width) and `labels`, an index of the model's.
 
@@ -125,6 +128,10 @@ class Items(Dataset, ABC):
             raise Unreadable(
                 f"{name}, {image.width} x {image.height} pixels, fails in the processor: {error}"
             ) from error
+
+    def name(self, index: int) -> str:
+        """The path of an image, or where it has none its number."""
+        return f"image {index}"
 
     def describe(self, index: int, version: int) -> str:
         """What makes a version of an image of the image; nothing where it is the image itself."""
@@ -219,6 +226,11 @@ class ImageDataset(Items):
             "pixel_values": self._processed(value, index, version, f"image {index} ({_path(value)})"),
             "labels": self._labels[index],
         }
+
+    def name(self, index: int) -> str:
+        """The path of an image, or where it has none its number."""
+        path = _path(self._dataset[index][self._image_column])
+        return super().name(index) if path == _NO_PATH else path
 
     def source(self, index: int) -> bytes | None:
         """The file of an image, undecoded; None if it cannot be read."""
@@ -388,7 +400,7 @@ def _is_picture(image: Any) -> bool:
 
 
 def _path(value: Any) -> str:
-    return (value.get("path") if isinstance(value, Mapping) else value if isinstance(value, str) else None) or "no path"
+    return (value.get("path") if isinstance(value, Mapping) else value if isinstance(value, str) else None) or _NO_PATH
 
 
 class Collator:

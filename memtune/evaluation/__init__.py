@@ -8,3 +8,4 @@ from .inspection import DataReport as DataReport
 from .inspection import inspect_data as inspect_data
 from .metrics import Accuracy as Accuracy
 from .metrics import check_metrics as check_metrics
+from .report import EvaluationReport as EvaluationReport

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data import check_kind, class_names, find_columns, item_parts, load_splits, make_reader
-from ..drawing import new_figure
+from ..drawing import as_picture, new_figure
 from ..errors import InputError, MemtuneError
 from ..models import TunedModel
 from ..preparation import TrainingConfig, check_items, make_items
@@ -105,9 +105,7 @@ class DataReport:
             raise MemtuneError("there is nothing to draw: pass model=... to inspect_data, whose processor makes images")
         figure = new_figure(figsize=(2 * len(self.samples), 2.2))
         for axes, image in zip(figure.subplots(1, len(self.samples), squeeze=False).flat, self.samples, strict=True):
-            low, high = image.amin(), image.amax()
-            scaled = ((image - low) / (high - low).clamp_min(1e-6)).permute(1, 2, 0)
-            axes.imshow(scaled.squeeze(-1).numpy(), cmap="gray")
+            axes.imshow(as_picture(image.numpy()), cmap="gray")
             axes.axis("off")
         figure.savefig(path, dpi=120)
 

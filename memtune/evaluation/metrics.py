@@ -44,12 +44,11 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return result
 
 
-def check_metrics(objective: Objective) -> None:
-    """Raise `MemtuneError` if what is measured needs a library that is not installed."""
-    if isinstance(objective, (MultiLabel, Regression)) and find_spec("sklearn") is None:
-        raise MemtuneError(
-            f"to evaluate {objective.problem_type} takes scikit-learn: pip install scikit-learn, or 'memtune[metrics]'"
-        )
+def check_metrics(objective: Objective, *, report: bool = False) -> None:
+    """Raise `MemtuneError` if what is measured, or a report, needs a library that is not installed."""
+    if (report or isinstance(objective, (MultiLabel, Regression))) and find_spec("sklearn") is None:
+        what = "a report" if report else f"to evaluate {objective.problem_type}"
+        raise MemtuneError(f"{what} takes scikit-learn: pip install scikit-learn, or 'memtune[metrics]'")
 
 
 def make_scores(objective: Objective) -> Scores:

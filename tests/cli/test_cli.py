@@ -170,7 +170,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["predict", "a.png", "--adapter", "pets="])
-    assert "expected NAME=ADAPTER" in capsys.readouterr().err
+    assert "expected NAME=PATH" in capsys.readouterr().err
 
 
 @pytest.mark.slow

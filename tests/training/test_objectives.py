@@ -249,7 +249,7 @@ def test_what_needs_one_class_says_so() -> None:
     model, data = wrapped(MULTI), colours(8)
     with pytest.raises(ConfigError, match="fit_closed_form: got a task of multi_label_classification"):
         memtune.fit_closed_form(model, data)
-    with pytest.raises(ConfigError, match="classes: got a task of multi_label_classification"):
+    with pytest.raises(ConfigError, match="for a task of multi_label_classification, which is of all classes"):
         memtune.evaluate(model, data, classes=[0])
     with pytest.raises(ConfigError, match="problem_type: got 'several', expected one of"):
         wrapped("several")
