@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, get_scheduler, set_seed
 
-from memtune.data.augmentation import Augmentation
+from memtune.data.augmentation import Augmentation, Changes
 from memtune.data.images import Collator, ImageDataset
 
 
@@ -45,7 +45,9 @@ def parse_arguments() -> argparse.Namespace:
 def load(args: argparse.Namespace, data: datasets.Dataset, processor: object, *, train: bool) -> DataLoader:
     augment = None
     if train and args.randaugment_ops:
-        augment = Augmentation(args.randaugment_ops, args.randaugment_magnitude, args.seed)
+        augment = Augmentation(
+            Changes(operations=args.randaugment_ops, magnitude=args.randaugment_magnitude), args.seed
+        )
     items = ImageDataset(data, processor, image_size=args.image_size, augment=augment)
     order = torch.Generator().manual_seed(args.seed)
     collator = Collator(len(data.features["label"].names))

@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import torch
+import yaml
 from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
@@ -133,8 +134,12 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] | No
     }
     folder = Path(args.output_dir)
     (folder / RESULTS_NAME).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    if result.history and find_spec("matplotlib"):
-        result.plot(folder / "learning_curves.png")
+    (folder / "config.yaml").write_text(yaml.safe_dump(_settings(args), sort_keys=False), encoding="utf-8")
+    (folder / "summary.md").write_text(_in_markdown(summary, args), encoding="utf-8")
+    if result.history:
+        result.to_csv(folder / "history.csv")
+        if find_spec("matplotlib"):
+            result.plot(folder / "learning_curves.png")
     if args.push_to_hub:
         model.push_to_hub(args.hub_model_id or folder.name, **card)
     return summary
@@ -156,6 +161,30 @@ def in_words(scores: Mapping[str, float]) -> str:
         return f"accuracy {100 * scores['accuracy']:.2f} %"
     shown = {name: value for name, value in scores.items() if name not in ("loss", "samples")}
     return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items())
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given or are by default, as YAML takes them."""
+    left_out = ("function", "json", "command")
+    values = {name: value for name, value in vars(args).items() if name not in left_out and value is not None}
+    return json.loads(json.dumps(values, default=str))
+
+
+def _in_markdown(summary: dict[str, Any], args: argparse.Namespace) -> str:
+    """A page for people: what was trained, how well it does, and the last epochs."""
+    methods = f"{' + '.join(args.method)}, {'masked' if args.masked else 'unmasked'}"
+    lines = ["# Training run", "", f"{methods}: {describe(summary, '.')}.", ""]
+    lines += ["| score | value |", "| --- | ---: |"]
+    lines += [f"| {name.removeprefix('eval_')} | {value:.4f} |" for name, value in summary.items() if _is_score(name)]
+    if history := summary["history"][-10:]:
+        names = ["epoch", "task_loss", "learning_rate", *(name for name in history[-1] if _is_score(name))]
+        lines += ["", f"| {' | '.join(names)} |", "|" + " ---: |" * len(names)]
+        lines += ["| " + " | ".join(f"{entry[name]:.4g}" for name in names) + " |" for entry in history]
+    return "\n".join([*lines, "", "```", summary["command"], "```", ""])
+
+
+def _is_score(name: str) -> bool:
+    return name.startswith("eval_") and name != "eval_samples"
 
 
 def _start_processes(number: int) -> None:

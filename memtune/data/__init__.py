@@ -1,6 +1,7 @@
 """From images and labels to batches."""
 
 from .augmentation import Augmentation as Augmentation
+from .augmentation import Changes as Changes
 from .augmentation import Mixing as Mixing
 from .augmentation import mixing as mixing
 from .folders import load_folder as load_folder

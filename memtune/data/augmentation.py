@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import astuple, dataclass
 from importlib import import_module
 from typing import Any, TypeAlias
 
@@ -13,26 +14,59 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
+_SETTINGS = "random_resized_crop, random_horizontal_flip, color_jitter, randaugment_ops"
+"""What needs torchvision."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What may change in an image from one version to the next, in the order of the attributes.
+
+    Attributes:
+        crop: The least share of the area that a random crop has; 0 for no crop.
+        flip: The probability that it is mirrored.
+        jitter: How strongly brightness, contrast and saturation change.
+        operations: RandAugment's operations (https://arxiv.org/abs/1909.13719), one after the other.
+        magnitude: Their strength, 0 to 30.
+    """
+
+    crop: float = 0.0
+    flip: float = 0.0
+    jitter: float = 0.0
+    operations: int = 0
+    magnitude: int = 9
+
+    def __bool__(self) -> bool:
+        return bool(self.crop or self.flip or self.jitter or self.operations)
+
 
 class Augmentation:
-    """RandAugment (https://arxiv.org/abs/1909.13719) of an image.
+    """Random changes of an image, by torchvision.
 
     What is drawn depends on the seed, the version and the image's place in the data set alone: not on which process
     reads the image, how many batches ahead, or whether the run was interrupted before. The random states of training
     are left as they are.
 
     Args:
-        operations: Operations on each image, one after the other.
-        magnitude: Their strength, 0 to 30.
+        changes: What may change.
         seed: Of all that is drawn, 0 or more.
 
     Raises:
         ConfigError: torchvision is not installed.
     """
 
-    def __init__(self, operations: int, magnitude: int, seed: int) -> None:
-        self._transform = torchvision_transforms("randaugment_ops").RandAugment(operations, magnitude)
-        self._drawn_from = (seed, operations, magnitude)
+    def __init__(self, changes: Changes, seed: int) -> None:
+        v2 = torchvision_transforms(_SETTINGS)
+        self._crop = changes.crop
+        self._transforms: list[Any] = []
+        if changes.flip:
+            self._transforms.append(v2.RandomHorizontalFlip(changes.flip))
+        if changes.jitter:
+            self._transforms.append(v2.ColorJitter(*[changes.jitter] * 3))
+        if changes.operations:
+            self._transforms.append(v2.RandAugment(changes.operations, changes.magnitude))
+        self._plain = not (changes.crop or changes.flip or changes.jitter)
+        self._drawn_from = (seed, changes.operations, changes.magnitude) if self._plain else (seed, *astuple(changes))
 
     def __call__(self, image: Image.Image, index: int, version: int) -> Image.Image:
         """A version of an RGB image, in the size that it has.
@@ -48,14 +82,22 @@ class Augmentation:
         with torch.random.fork_rng(devices=[]):
             # torchvision draws from this generator only; `torch.manual_seed` would seed those of GPUs as well.
             torch.default_generator.manual_seed(int(state[0]))
-            return self._transform(image)
+            if self._crop:
+                size = image.height, image.width
+                image = torchvision_transforms(_SETTINGS).RandomResizedCrop(
+                    size, scale=(self._crop, 1.0), antialias=True
+                )(image)
+            for transform in self._transforms:
+                image = transform(image)
+            return image
 
     def describe(self, index: int, version: int) -> str:
         """All that a version of an image depends on beside the image."""
         if version == 0:
             return ""
         release = import_module("torchvision").__version__
-        return f"RandAugment of torchvision {release}: {(*self._drawn_from, version, index)}"
+        kind = "RandAugment" if self._plain else "changes"
+        return f"{kind} of torchvision {release}: {(*self._drawn_from, version, index)}"
 
 
 def torchvision_transforms(settings: str) -> Any:

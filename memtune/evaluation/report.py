@@ -255,7 +255,8 @@ class EvaluationReport:
 
     def _draw_worst(self) -> bytes:
         shown = [place for place in self.worst if place in self.pictures]
-        captions = ["\n".join([Path(self.images[place]).name, *self._words(place)]) for place in shown]
+        words = [(Path(self.images[place]).name, *self._words(place)) for place in shown]
+        captions = [f"{name}\ntrue: {true}\nanswered: {answered}" for name, true, answered in words]
         file = io.BytesIO()
         draw_sheet([(as_picture(self.pictures[each]), text) for each, text in zip(shown, captions, strict=True)], file)
         return file.getvalue()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import re
 import types
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -29,7 +30,7 @@ def add_training_arguments(parser: Any, *, leave_out: Collection[str] = (), **de
         default = defaults.get(each.name, each.default)
         text = descriptions[each.name].replace("%", "%%")
         shown = "" if default is None or default is False else f" ({default})"
-        parser.add_argument(f"--{each.name}", default=default, help=text + shown, **_kind(hints[each.name]))
+        parser.add_argument(f"--{each.name}", default=default, help=text + shown, **_kind(hints[each.name], default))
 
 
 def read_training_arguments(args: argparse.Namespace, **settings: Any) -> TrainingConfig:
@@ -39,19 +40,28 @@ def read_training_arguments(args: argparse.Namespace, **settings: Any) -> Traini
         ConfigError: One is wrong.
     """
     names = {each.name for each in fields(TrainingConfig)}
-    return TrainingConfig(**{name: value for name, value in vars(args).items() if name in names} | settings)
+    given: dict[str, Any] = {name: value for name, value in vars(args).items() if name in names}
+    for name, value in given.items():
+        if isinstance(value, list) and isinstance(value[0], str):  # a word in the place of numbers
+            given[name] = value[0]
+    return TrainingConfig(**given | settings)
 
 
-def _kind(hint: Any) -> dict[str, Any]:
+def _kind(hint: Any, default: Any) -> dict[str, Any]:
     """How argparse reads a value of a type."""
+    words: tuple[str, ...] = ()
     if get_origin(hint) in (Union, types.UnionType):
-        hint = next(each for each in get_args(hint) if each is not type(None))
+        hint, *others = [each for each in get_args(hint) if each is not type(None)]
+        words = tuple(word for other in others if get_origin(other) is Literal for word in get_args(other))
     if hint is bool:
-        return {"action": "store_true"}
+        return {"action": argparse.BooleanOptionalAction if default else "store_true"}
     if get_origin(hint) is Literal:
         return {"choices": get_args(hint)}
+    if get_origin(hint) is not None and issubclass(get_origin(hint), Mapping):
+        return {"type": json.loads, "metavar": "JSON"}
     if get_origin(hint) is not None and issubclass(get_origin(hint), Sequence):
-        return {"nargs": "+", "type": get_args(hint)[0]}
+        kind = get_args(hint)[0]
+        return {"nargs": "+", "type": lambda text: text if text in words else kind(text)}
     return {"type": hint if hint in (int, float, str, Path) else str}
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
+
+from transformers import SchedulerType
 
 from ..errors import ConfigError
 from ..trunk_cache import DTYPES, CacheType
@@ -19,6 +21,9 @@ RECIPES: dict[str, dict[str, float]] = {
 }
 """Defaults by mode. A task stream overfits where an adapted one does not: it asks for strong weight decay and smoothing
 (docs/results.md has the comparison)."""
+
+SCHEDULES = tuple(each.value for each in SchedulerType if each.value not in ("reduce_lr_on_plateau", "greedy"))
+"""How a learning rate can go: transformers' schedules that do not ask for a score at each step."""
 
 Rule = tuple[str, Callable[[Any], bool]]
 """What is expected of a setting, and whether a value is that."""
@@ -40,7 +45,13 @@ def _whole_to(most: float) -> Callable[[Any], bool]:
     return lambda value: value == 0 or (_whole(value) and value <= most)
 
 
+def _settings(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+
+
 def _weights(value: Any) -> bool:
+    if isinstance(value, str):
+        return value == "balanced"
     numbers = isinstance(value, Sequence) and bool(value) and all(_number(each) and each >= 0 for each in value)
     return numbers and any(value)
 
@@ -68,14 +79,19 @@ _RULES: dict[str, Rule] = {
     "weight_decay": _NOT_NEGATIVE,
     "momentum": _SHARE,
     "warmup_ratio": _SHARE,
-    "lr_scheduler_type": _one_of("cosine", "linear", "constant", "constant_with_warmup"),
+    "warmup_steps": ("a whole number, 0 or more", _whole_to(math.inf)),
+    "lr_scheduler_type": _one_of(*SCHEDULES),
+    "lr_scheduler_kwargs": ("settings of the schedule by their names", _settings),
     "max_grad_norm": _NOT_NEGATIVE,
     "label_smoothing_factor": _SHARE,
-    "class_weights": ("a number, 0 or more, for each class, and not 0 for all", _weights),
+    "class_weights": ("a number, 0 or more, for each class, and not 0 for all; or 'balanced'", _weights),
     "ema_decay": _SHARE,
     "mixup_alpha": _NOT_NEGATIVE,
     "cutmix_alpha": _NOT_NEGATIVE,
     "randaugment_ops": ("a whole number, 0 or more", _whole_to(math.inf)),
+    "random_horizontal_flip": _SHARE,
+    "random_resized_crop": _SHARE,
+    "color_jitter": _SHARE,
     "randaugment_magnitude": ("a whole number from 0 to 30", _whole_to(30)),
     "mixed_precision": _one_of("no", "bf16", "fp16"),
     "image_size": _WHOLE,
@@ -84,9 +100,14 @@ _RULES: dict[str, Rule] = {
     "seed": ("a whole number from 0 to 2**32 - 1", _whole_to(2**32 - 1)),
     "on_error": _one_of("raise", "skip"),
     "dataloader_num_workers": ("a whole number, 0 or more", _whole_to(math.inf)),
+    "dataloader_pin_memory": _FLAG,
+    "dataloader_prefetch_factor": _WHOLE,
+    "dataloader_drop_last": _FLAG,
     "disable_tqdm": _FLAG,
     "logging_steps": _WHOLE,
     "output_dir": _FOLDER,
+    "eval_strategy": _one_of("epoch", "steps", "no"),
+    "eval_steps": _WHOLE,
     "save_strategy": _one_of("epoch", "steps", "no"),
     "save_steps": _WHOLE,
     "save_total_limit": _WHOLE,
@@ -101,7 +122,8 @@ _RULES: dict[str, Rule] = {
 }
 
 _OPTIONAL = {"layerwise_lr_decay", "class_weights", "ema_decay", "image_size", "output_dir", "save_total_limit"}
-_OPTIONAL |= {"image_column", "label_column", "metric_for_best_model", "greater_is_better"}
+_OPTIONAL |= {"image_column", "label_column", "metric_for_best_model", "greater_is_better", "lr_scheduler_kwargs"}
+_OPTIONAL |= {"dataloader_prefetch_factor"}
 _OPTIONAL |= {"early_stopping_patience", "trunk_cache", "trunk_cache_max_gb", *RECIPES["masked"]}
 
 
@@ -121,13 +143,22 @@ class TrainingConfig:
         weight_decay: On all trained values but biases; None for that of the mode.
         momentum: Of SGD.
         warmup_ratio: Share of the steps in which the learning rate rises to its highest.
-        lr_scheduler_type: How it falls afterwards.
+        warmup_steps: So many steps in place of that share; 0 for the share.
+        lr_scheduler_type: How it falls afterwards: "cosine", "linear", "constant_with_warmup" or another of
+            transformers' schedules (`SCHEDULES`).
+        lr_scheduler_kwargs: Settings of the schedule, such as {"num_cycles": 2} for "cosine_with_restarts".
         max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
         label_smoothing_factor: Share of the target that is spread over all classes; None for that of the mode.
-        class_weights: Weights of the classes in the training loss, in the order of the labels; None for equal ones.
+        class_weights: Weights of the classes in the training loss, in the order of the labels; "balanced" for weights
+            in inverse proportion to the images of each class; None for equal ones.
         mixup_alpha: Mix pairs of images, by shares from a beta distribution with this parameter (0.2 is usual; needs
             torchvision); 0 for none.
         cutmix_alpha: The same for rectangles of one image in another (1.0 is usual).
+        random_horizontal_flip: The probability that a training image of a `datasets.Dataset` is mirrored (0.5 is usual;
+            needs torchvision).
+        random_resized_crop: The least share of the image's area that a random crop has (0.35 or more is usual for few
+            images); 0 for no crop.
+        color_jitter: How strongly brightness, contrast and saturation change (0.4 is usual); 0 for not at all.
         randaugment_ops: RandAugment's number of operations on each training image of a `datasets.Dataset`, before the
             processor (2 is usual; needs torchvision); 0 for none.
         randaugment_magnitude: How strong they are, 0 to 30.
@@ -139,20 +170,26 @@ class TrainingConfig:
         label_column: The column of labels; None for `label` or `labels`, or the only one of that type.
         on_error: "raise" at an image that cannot be read, or "skip" it.
         dataloader_num_workers: Processes that read images; 0 for none beside this one.
+        dataloader_pin_memory: Copy batches for a GPU from pinned memory.
+        dataloader_prefetch_factor: Batches that each of them reads ahead; None for torch's 2.
+        dataloader_drop_last: Leave out the last batch of an epoch in training if it is not full.
         seed: Of the order of the images and of everything random in training.
         disable_tqdm: No progress bar.
         logging_steps: Steps between two entries in the log and in the trackers, beside those of each epoch.
         report_to: "tensorboard", "trackio", "wandb" or any other of Accelerate's trackers, or several; "none".
         output_dir: A folder for checkpoints of the run, `checkpoint-<step>`, to go on from (docs/training.md); None for
             no checkpoints.
+        eval_strategy: When the model is evaluated: after each "epoch", each `eval_steps` "steps" and at the end, or
+            "no" at all.
+        eval_steps: Steps between two evaluations.
         save_strategy: When a checkpoint is saved: after each "epoch", each `save_steps` "steps", or "no" at all.
         save_steps: Steps between two checkpoints.
         save_total_limit: Checkpoints to keep, the oldest go; None for all.
-        load_best_model_at_end: End with the values of the epoch whose evaluation was best.
+        load_best_model_at_end: End with the values whose evaluation was best.
         metric_for_best_model: The score that is best or not: "accuracy", "loss", or any other that evaluations give;
             None for the usual one ("accuracy", "mean_average_precision", or of numbers "r2").
         greater_is_better: Whether larger ones are better; None for what the name says: "loss" and errors are not.
-        early_stopping_patience: Stop after so many epochs in a row without a better evaluation; None to go on.
+        early_stopping_patience: Stop after so many evaluations in a row without a better one; None to go on.
         trunk_cache: A folder for what the trunk makes of each image, in masked mode: computed once, then read, by any
             method, task and run with the same images and backbone (docs/trunk_cache.md). None to compute it each time.
         trunk_cache_dtype: "float32", "float16", "bfloat16" or "int8": what keys and values are kept as.
@@ -175,12 +212,17 @@ class TrainingConfig:
     weight_decay: float | None = None
     momentum: float = 0.9
     warmup_ratio: float = 0.1
+    warmup_steps: int = 0
     lr_scheduler_type: str = "cosine"
+    lr_scheduler_kwargs: Mapping[str, Any] | None = None
     max_grad_norm: float = 1.0
     label_smoothing_factor: float | None = None
-    class_weights: Sequence[float] | None = None
+    class_weights: Sequence[float] | Literal["balanced"] | None = None
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
+    random_horizontal_flip: float = 0.0
+    random_resized_crop: float = 0.0
+    color_jitter: float = 0.0
     randaugment_ops: int = 0
     randaugment_magnitude: int = 9
     ema_decay: float | None = None
@@ -190,11 +232,16 @@ class TrainingConfig:
     label_column: str | None = None
     on_error: Literal["raise", "skip"] = "raise"
     dataloader_num_workers: int = 0
+    dataloader_pin_memory: bool = True
+    dataloader_prefetch_factor: int | None = None
+    dataloader_drop_last: bool = False
     seed: int = 42
     disable_tqdm: bool = False
     logging_steps: int = 10
     report_to: Any = "none"
     output_dir: str | Path | None = None
+    eval_strategy: Literal["epoch", "steps", "no"] = "epoch"
+    eval_steps: int = 500
     save_strategy: Literal["epoch", "steps", "no"] = "epoch"
     save_steps: int = 500
     save_total_limit: int | None = None
@@ -214,6 +261,11 @@ class TrainingConfig:
             value = getattr(self, name)
             if not holds(value) and not (value is None and name in _OPTIONAL):
                 raise ConfigError(f"{name}: got {value!r}, expected {expected}")
+        if self.dataloader_prefetch_factor and not self.dataloader_num_workers:
+            raise ConfigError(
+                f"dataloader_prefetch_factor: got {self.dataloader_prefetch_factor}, but no process reads ahead; set "
+                "dataloader_num_workers to 1 or more"
+            )
 
     def with_columns(self, image: str | None, label: str | None) -> TrainingConfig:
         """The same settings, with the columns that are given in place of theirs."""

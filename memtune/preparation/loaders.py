@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..backbones import Backbone
-from ..data import Augmentation, Collator, Items, Mixing, as_items, mixing
+from ..data import Augmentation, Changes, Collator, Items, Mixing, as_items, mixing
 from ..errors import ConfigError
 from ..models import TunedModel
 from ..tasks import check_images
@@ -133,13 +133,18 @@ def make_loader(
     if config.trunk_cache is not None:
         versions = 1 if augment is None else min(int(config.trunk_cache_versions), _epochs(items, config, accelerator))
         items, collator = cached_dataset(model, items, cache_settings(model, config), accelerator, versions=versions)
+    workers = config.dataloader_num_workers
+    more: dict[str, Any] = {"prefetch_factor": config.dataloader_prefetch_factor} if workers else {}
     return DataLoader(
         items,
         batch_size=config.per_device_eval_batch_size if order is None else config.per_device_train_batch_size,
         shuffle=order is not None,
         generator=order,
         collate_fn=collator,
-        num_workers=config.dataloader_num_workers,
+        num_workers=workers,
+        pin_memory=config.dataloader_pin_memory and accelerator.device.type == "cuda",
+        drop_last=config.dataloader_drop_last and order is not None,
+        **more,
     )
 
 
@@ -190,23 +195,30 @@ def make_augmentation(config: TrainingConfig) -> Augmentation | None:
     From a trunk cache all seeds get the same versions, so that they share it.
 
     Raises:
-        ConfigError: torchvision is not installed, or the settings of RandAugment and the trunk cache do not fit.
+        ConfigError: torchvision is not installed, or those settings and the trunk cache do not fit.
     """
+    changes = Changes(
+        config.random_resized_crop,
+        config.random_horizontal_flip,
+        config.color_jitter,
+        int(config.randaugment_ops),
+        int(config.randaugment_magnitude),
+    )
     versions = config.trunk_cache_versions
-    if versions > 1 and not (config.randaugment_ops and config.trunk_cache):
+    if versions > 1 and not (changes and config.trunk_cache):
         raise ConfigError(
-            f"trunk_cache_versions: got {versions}, but only a trunk cache with RandAugment holds several; set "
-            "trunk_cache and randaugment_ops, or leave it out"
+            f"trunk_cache_versions: got {versions}, but only a trunk cache with augmentation holds several; set "
+            "trunk_cache and randaugment_ops (or random_resized_crop ...), or leave it out"
         )
-    if not config.randaugment_ops:
+    if not changes:
         return None
     if config.trunk_cache is not None and versions == 1:
         raise ConfigError(
-            "randaugment_ops: a trunk cache computes each image once; say how many versions of each it shall hold by "
-            "trunk_cache_versions, such as 4, or leave one of them out"
+            "randaugment_ops, random_resized_crop, random_horizontal_flip, color_jitter: a trunk cache computes each "
+            "image once; say how many versions of each it shall hold by trunk_cache_versions, such as 4, or leave one "
+            "of them out"
         )
-    seed = config.seed if config.trunk_cache is None else 0
-    return Augmentation(int(config.randaugment_ops), int(config.randaugment_magnitude), seed)
+    return Augmentation(changes, config.seed if config.trunk_cache is None else 0)
 
 
 def make_mixing(config: TrainingConfig, classes: int) -> Mixing | None:

@@ -279,7 +279,6 @@ def _check_training(training: TrainingConfig, classes: int) -> None:
     for name, neutral in (("output_dir", None), ("early_stopping_patience", None), ("load_best_model_at_end", False)):
         if (value := getattr(training, name)) != neutral:
             raise ConfigError(f"training: got {name}={value!r}, which a search cannot have; leave it out")
-    if training.class_weights is not None and len(training.class_weights) != classes:
-        raise ConfigError(
-            f"training: got {len(training.class_weights)} class_weights, expected one for each of {classes} classes"
-        )
+    weights = training.class_weights
+    if weights is not None and weights != "balanced" and len(weights) != classes:
+        raise ConfigError(f"training: got {len(weights)} class_weights, expected one for each of {classes} classes")

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import set_seed
-from torch import Tensor
-from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..backbones import Backbone
 from ..errors import ConfigError
@@ -48,7 +44,7 @@ def fit(
             labels, or of pairs of them (docs/data.md). Where it has names of classes (ClassLabel, texts, torchvision's
             `classes`), its labels are found among the model's by name. Images labelled -100 are left out. Of one that
             can only be iterated over the images of `max_steps` batches are read, undecoded, before the first step.
-        eval_dataset: The same; evaluated after each epoch.
+        eval_dataset: The same; evaluated after each epoch, or as `eval_strategy` says.
         config: The settings.
         compute_loss_func: The loss in training, `f(outputs, labels)`, in place of cross-entropy (of several classes an
             image binary cross-entropy, of numbers the squared error) with label smoothing and class weights; what the
@@ -74,16 +70,10 @@ def fit(
     config = config.for_mode(model.task.masked)
     _check(model, config, eval_dataset, resume_from_checkpoint)
     set_seed(config.seed)
-    compute_loss = compute_loss_func or partial(
-        _loss,
-        model.task.objective,
-        label_smoothing=config.label_smoothing_factor or 0.0,
-        weights=None if config.class_weights is None else torch.tensor(config.class_weights, dtype=torch.float32),
-    )
     with borrowed_state():
         accelerator = make_accelerator(config, tracking=True)
         with sharded(accelerator, model) as trained:
-            run = TrainingRun(accelerator, trained, config, compute_loss, callbacks, compute_metrics)
+            run = TrainingRun(accelerator, trained, config, compute_loss_func, callbacks, compute_metrics)
             try:
                 run.prepare(train_dataset, eval_dataset, resume_from_checkpoint or False)
                 _record_size(model, trained, run.image_size, config)
@@ -106,12 +96,17 @@ def _check(model: TunedModel, config: TrainingConfig, eval_dataset: Any, resume:
     check_folders(config)
     if config.trunk_cache is not None:
         check_cacheable(model)
-    if eval_dataset is None and (config.load_best_model_at_end or config.early_stopping_patience):
-        raise ConfigError("load_best_model_at_end, early_stopping_patience: they go by evaluations; pass eval_dataset")
+    evaluates = eval_dataset is not None and config.eval_strategy != "no"
+    if not evaluates and (config.load_best_model_at_end or config.early_stopping_patience):
+        raise ConfigError(
+            "load_best_model_at_end, early_stopping_patience: they go by evaluations; pass eval_dataset, and leave "
+            "eval_strategy='no' out"
+        )
     model.task.require_head("fit")
     classes = len(model.task.labels)
-    if config.class_weights is not None and len(config.class_weights) != classes:
-        raise ConfigError(f"class_weights: got {len(config.class_weights)} weights, expected one for each of {classes}")
+    weights = config.class_weights
+    if weights is not None and weights != "balanced" and len(weights) != classes:
+        raise ConfigError(f"class_weights: got {len(weights)} weights, expected one for each of {classes}")
     if resume and config.output_dir is None:
         raise ConfigError("resume_from_checkpoint: set output_dir, where the run's checkpoints are")
 
@@ -129,18 +124,7 @@ def _check_objective(objective: Objective, config: TrainingConfig, compute_metri
         return
     if config.mixup_alpha or config.cutmix_alpha:
         raise ConfigError(f"mixup_alpha, cutmix_alpha: not for {objective.problem_type}; leave them out")
+    if config.class_weights == "balanced":
+        raise ConfigError(f"class_weights: got 'balanced' for {objective.problem_type}; give a number for each class")
     if isinstance(objective, Regression) and (config.label_smoothing_factor or config.class_weights is not None):
         raise ConfigError("label_smoothing_factor, class_weights: numbers have no classes; leave them out")
-
-
-def _loss(
-    objective: Objective,
-    outputs: ImageClassifierOutput,
-    labels: Tensor,
-    label_smoothing: float,
-    weights: Tensor | None,
-) -> Tensor:
-    logits = outputs.logits
-    assert logits is not None
-    weights = None if weights is None else weights.to(logits.device)
-    return objective.loss(logits, labels, label_smoothing=label_smoothing, weights=weights)

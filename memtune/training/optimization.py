@@ -1,15 +1,21 @@
-"""The optimizer of a run: groups of parameters, and the learning rate and weight decay of each."""
+"""The optimizer of a run, its schedule, and the weights of classes in its loss."""
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import get_scheduler
 
 from ..backbones import Backbone
+from ..data import Items
+from ..errors import ConfigError
 from ..models import TunedModel
 from ..preparation import TrainingConfig
+from ..tasks import IGNORED
 
 _BLOCK = re.compile(r"\.blocks\.(\d+)\.")
 
@@ -41,6 +47,38 @@ def make_optimizer(model: TunedModel, config: TrainingConfig) -> torch.optim.Opt
     if config.optim == "sgd":
         return torch.optim.SGD(settings, rate, momentum=config.momentum)
     return torch.optim.AdamW(settings, rate)
+
+
+def make_schedule(optimizer: Any, config: TrainingConfig, steps: int) -> Any:
+    """The schedule of the learning rate over so many steps.
+
+    Raises:
+        ConfigError: It does not take its settings.
+    """
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
+    settings = dict(config.lr_scheduler_kwargs or {})
+    try:
+        return get_scheduler(config.lr_scheduler_type, optimizer, warmup, steps, scheduler_specific_kwargs=settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"lr_scheduler_kwargs: got {settings}, which {config.lr_scheduler_type!r} does not take: {error}"
+        ) from error
+
+
+def class_weights(config: TrainingConfig, items: Items, classes: int, device: torch.device) -> Tensor | None:
+    """The weights of the classes in the loss, (classes,), or None for equal ones.
+
+    Balanced ones are, as scikit-learn's, images / (classes there are x images of the class); 0 for a class without
+    images.
+    """
+    if config.class_weights is None:
+        return None
+    if config.class_weights != "balanced":
+        return torch.tensor(config.class_weights, dtype=torch.float32, device=device)
+    labels = torch.tensor([label for label in items.labels() if label != IGNORED], dtype=torch.long)
+    counts = torch.bincount(labels, minlength=classes).float()
+    weights = torch.where(counts > 0, counts.sum() / ((counts > 0).sum() * counts.clamp_min(1)), 0.0)
+    return weights.to(device)
 
 
 def _distance(name: str, depth: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ class TrainingResult:
     """What a run did.
 
     Attributes:
-        history: For each epoch `epoch`, `loss`, `learning_rate`, `seconds`, `images_per_second` (of training, over all
-            processes), `peak_memory_gb` (1e9 bytes, on a GPU of what torch took there, else of this whole process), and
-            what evaluation gave as `eval_...`.
-        log_history: For each `logging_steps` steps `step`, `epoch`, `loss` (the mean since the entry before) and
-            `learning_rate`.
+        history: For each epoch `epoch`, `loss` (what was minimised), `task_loss` (as evaluations measure it: without
+            smoothing, weights and what the methods add), `learning_rate`, `seconds`, `images_per_second` (of training,
+            over all processes), `peak_memory_gb` (1e9 bytes, on a GPU of what torch took there, else of this whole
+            process), and what evaluation gave as `eval_...`.
+        log_history: For each `logging_steps` steps `step`, `epoch`, `loss` (the mean since the entry before),
+            `learning_rate` and `grad_norm` (before it is clipped); and for each evaluation between two epochs `step`,
+            `epoch` and its `eval_...`.
         steps: Steps of the optimizer.
         scores: What the evaluation's images say of the values that the model has at the end: `accuracy` and `loss`, or
             what else `memtune.evaluate` measures; nothing without an evaluation.
@@ -36,7 +39,7 @@ class TrainingResult:
     scores: dict[str, float] = field(default_factory=dict)
 
     def plot(self, path: str | Path) -> None:
-        """Draw the learning curves: loss by step, and loss and the first score of the evaluations by epoch.
+        """Draw the learning curves: the same loss of training and evaluation, and the first score of the evaluations.
 
         Args:
             path: The picture's file; its ending says the format (.png, .svg, .pdf).
@@ -48,15 +51,15 @@ class TrainingResult:
             raise MemtuneError("there is nothing to draw: no epoch of the run has ended")
         figure = new_figure(figsize=(10, 4.2))
         left, right = figure.subplots(1, 2)
-        epochs = [entry["epoch"] for entry in self.history]
-        left.plot([e["epoch"] for e in self.log_history], [e["loss"] for e in self.log_history], alpha=0.4)
-        left.plot(epochs, [entry["loss"] for entry in self.history], marker="o", color="C0", label="training")
+        epochs, losses = [entry["epoch"] for entry in self.history], [entry["task_loss"] for entry in self.history]
+        left.plot(epochs, losses, marker="o", label="training")
         left.set(xlabel="epochs", ylabel="loss")
-        if "eval_loss" in self.history[0]:
-            left.plot(epochs, [entry["eval_loss"] for entry in self.history], marker="o", label="evaluation")
-            score = next(name for name in self.history[0] if name.startswith("eval_"))
+        if evaluated := [entry for entry in (*self.history, *self.log_history) if "eval_loss" in entry]:
+            epochs = [entry["epoch"] for entry in evaluated]
+            left.plot(epochs, [entry["eval_loss"] for entry in evaluated], marker="o", label="evaluation")
+            score = next(name for name in evaluated[0] if name.startswith("eval_"))
             unit, factor = (", %", 100) if score == "eval_accuracy" else ("", 1)
-            right.plot(epochs, [factor * entry[score] for entry in self.history], marker="o", color="C1")
+            right.plot(epochs, [factor * entry[score] for entry in evaluated], marker="o", color="C1")
             right.set(xlabel="epochs", ylabel=f"{score.removeprefix('eval_').replace('_', ' ')} in evaluation{unit}")
             right.grid(alpha=0.3)
         else:
@@ -64,6 +67,18 @@ class TrainingResult:
         left.legend()
         left.grid(alpha=0.3)
         figure.savefig(path)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write `history` as a table, a line for each epoch.
+
+        Args:
+            path: The file; replaced if it is there.
+        """
+        names = list(dict.fromkeys(name for entry in self.history for name in entry))
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self.history)
 
 
 @dataclass
@@ -76,7 +91,8 @@ class Progress:
         order: State, before the present epoch, of the generator that orders the images.
         seconds: Time of the present epoch.
         all_seconds: Time of the run.
-        sums: Of the present epoch: losses, images; those of all processes together in a checkpoint.
+        sums: Of the present epoch: losses, images, losses as evaluations measure them; those of all processes together
+            in a checkpoint.
         log_sums: The same since the last entry of the log.
         history: As in `TrainingResult`.
         log_history: The same.
@@ -87,8 +103,8 @@ class Progress:
     order: Tensor = field(default_factory=lambda: torch.Generator().get_state())
     seconds: float = 0.0
     all_seconds: float = 0.0
-    sums: Tensor = field(default_factory=lambda: torch.zeros(2))
-    log_sums: Tensor = field(default_factory=lambda: torch.zeros(2))
+    sums: Tensor = field(default_factory=lambda: torch.zeros(3))
+    log_sums: Tensor = field(default_factory=lambda: torch.zeros(3))
     history: list[dict[str, float]] = field(default_factory=list)
     log_history: list[dict[str, float]] = field(default_factory=list)
 

@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import get_scheduler
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..backbones import Backbone, fingerprint
@@ -43,7 +42,7 @@ from ..preparation import (
 from .averaging import BestValues, MovingAverage
 from .callbacks import TrainingCallback
 from .checkpoint import RunCheckpoints, check_optimizer, is_like
-from .optimization import make_optimizer
+from .optimization import class_weights, make_optimizer, make_schedule
 from .result import Progress, TrainingResult
 from .run_settings import describe_run
 
@@ -60,7 +59,7 @@ class TrainingRun:
         accelerator: Newly made for this run.
         model: The model.
         config: The settings, those of its mode filled in.
-        compute_loss: The loss.
+        compute_loss: The loss; None for the objective's, with the smoothing and the weights of the settings.
         callbacks: What is to be done at each step.
         compute_metrics: What makes further scores of an evaluation.
     """
@@ -70,7 +69,7 @@ class TrainingRun:
         accelerator: Accelerator,
         model: TunedModel,
         config: TrainingConfig,
-        compute_loss: LossFunction,
+        compute_loss: LossFunction | None,
         callbacks: Sequence[TrainingCallback],
         compute_metrics: MetricsFunction | None = None,
     ) -> None:
@@ -79,7 +78,9 @@ class TrainingRun:
         self.progress = Progress()
         self._tuned = model
         self._whole = partial(whole, accelerator, model.task)
-        self._compute_loss = compute_loss
+        self._given_loss = compute_loss
+        self._weights: Tensor | None = None
+        self._gradient_norm: Any = None
         self._callbacks = callbacks
         self._begun: list[TrainingCallback] = []
         self._compute_metrics = compute_metrics
@@ -91,6 +92,7 @@ class TrainingRun:
         self._mixing = make_mixing(config, len(model.task.labels))
         self._checkpoints: RunCheckpoints | None = None
         self._bar = tqdm(disable=True)
+        self._stopped = False
         self._clock = time.perf_counter()
 
     def prepare(self, train_dataset: Any, eval_dataset: Any, resume: bool | str | Path) -> None:
@@ -100,9 +102,11 @@ class TrainingRun:
             train_dataset = take(train_dataset, self._items_of_stream())
         train_items = make_items(tuned, train_dataset, config, self._augmentation)
         self.image_size = check_items(tuned, train_items, config)
-        eval_items = None if eval_dataset is None else make_items(tuned, eval_dataset, config)
+        without = eval_dataset is None or config.eval_strategy == "no"
+        eval_items = None if without else make_items(tuned, eval_dataset, config)
         if eval_items is not None:
             check_items(tuned, eval_items, config)
+        self._weights = class_weights(config, train_items, len(tuned.task.labels), accelerator.device)
         weights = fingerprint(Backbone(tuned.backbone))  # now, while they are whole
         self._order = torch.Generator().manual_seed(config.seed)
         self.progress.order = self._order.get_state()
@@ -113,8 +117,7 @@ class TrainingRun:
         self.model, self._optimizer, self._loader = prepared
         self._eval_loader = None if evaluation is None else accelerator.prepare(evaluation)
         self.steps = _total_steps(len(self._loader), config)
-        warmup = math.ceil(config.warmup_ratio * self.steps)
-        self._schedule = get_scheduler(config.lr_scheduler_type, self._optimizer, warmup, self.steps)
+        self._schedule = make_schedule(self._optimizer, config, self.steps)
         for callback in self._callbacks:
             callback.on_train_begin(tuned)
             self._begun.append(callback)
@@ -185,7 +188,7 @@ class TrainingRun:
             raise CheckpointError(f"{place} is damaged: {why}; delete it, and go on from an earlier one") from error
         self.progress = progress
         if not self.accelerator.is_main_process:  # whose sums are those of all processes now
-            self.progress.sums, self.progress.log_sums = torch.zeros(2), torch.zeros(2)
+            self.progress.sums, self.progress.log_sums = torch.zeros(3), torch.zeros(3)
 
     def _restore(self, place: Path, state: dict[str, Any]) -> None:
         """Bring what Accelerate does not know of to where a checkpoint is."""
@@ -208,7 +211,7 @@ class TrainingRun:
 
     def train(self) -> None:
         """Train until the steps are done, or evaluations get no better; the model then has the values to keep."""
-        while self.progress.step < self.steps and not self._stops_early():
+        while not self._is_over():
             self.model.train()
             self._train_epoch()
         task = self._tuned.task
@@ -219,22 +222,23 @@ class TrainingRun:
             elif self._average is not None and self.progress.step:
                 task.load_tensors(self._average.tensors())
 
-    def _stops_early(self) -> bool:
+    def _is_over(self) -> bool:
+        """Whether the steps are done, evaluations got no better, or a callback wants the run to stop."""
         patience = self.config.early_stopping_patience
-        return patience is not None and self._best.waited >= patience
+        waited = patience is not None and self._best.waited >= patience
+        return self.progress.step >= self.steps or waited or self._stopped
 
     def _train_epoch(self) -> None:
         """Train until the data or the steps end, evaluate, and write it down."""
-        progress = self.progress
         for batch in self._batches():
             self._train_batch(batch)
-            progress.batches += 1
+            self.progress.batches += 1
             if self.accelerator.sync_gradients:
                 self._end_step()
-                if progress.step == self.steps:
+                if self._is_over():
                     break
         self._end_epoch()
-        if {"epoch": True, "steps": progress.step == self.steps, "no": False}[self.config.save_strategy]:
+        if {"epoch": True, "steps": self._is_over(), "no": False}[self.config.save_strategy]:
             self._save()
 
     def _batches(self) -> Iterable[dict[str, Any]]:
@@ -257,7 +261,7 @@ class TrainingRun:
             outputs = run_batch(self.model, batch, self.config)
             assert outputs.logits is not None
             # Of a batch without a label the mean is none, but other processes wait for its gradients.
-            loss = self._compute_loss(outputs, batch["labels"]) if count else outputs.logits.sum() * 0
+            loss = self._loss(outputs, batch["labels"]) if count else outputs.logits.sum() * 0
             if (penalty := self._tuned.task.penalty()) is not None:
                 loss = loss + penalty
             self._check_finite(loss.detach(), "loss")
@@ -266,13 +270,22 @@ class TrainingRun:
             if self.accelerator.sync_gradients and is_sharding(self.accelerator):
                 average_gradients(self.accelerator, trained)
             if self.accelerator.sync_gradients and self.config.max_grad_norm:
-                self.accelerator.clip_grad_norm_(trained, self.config.max_grad_norm)
+                self._gradient_norm = self.accelerator.clip_grad_norm_(trained, self.config.max_grad_norm)
             self._optimizer.step()
             self._optimizer.zero_grad()
-        added = torch.stack([loss.detach().float() * count, count.float()])
+        plain = self._objective.loss(outputs.logits.detach(), batch["labels"]) if count else loss.detach() * 0
+        added = torch.stack([loss.detach().float() * count, count.float(), plain.float() * count])
         progress = self.progress
         progress.sums = progress.sums.to(loss.device) + added
         progress.log_sums = progress.log_sums.to(loss.device) + added
+
+    def _loss(self, outputs: ImageClassifierOutput, labels: Tensor) -> Tensor:
+        """The mean loss of a batch, without what the methods add."""
+        if self._given_loss is not None:
+            return self._given_loss(outputs, labels)
+        assert outputs.logits is not None
+        smoothing = self.config.label_smoothing_factor or 0.0
+        return self._objective.loss(outputs.logits, labels, label_smoothing=smoothing, weights=self._weights)
 
     def _group_scale(self) -> float:
         """What makes a batch's loss count as one of those of its step: the last step of an epoch may have fewer."""
@@ -302,62 +315,95 @@ class TrainingRun:
         self._bar.update()
         if progress.step % self.config.logging_steps == 0:
             self._log_step()
-        last = progress.step == self.steps  # which is saved after its evaluation
-        if self.config.save_strategy == "steps" and progress.step % self.config.save_steps == 0 and not last:
+        self._stopped = self._is_asked_to_stop()
+        config = self.config
+        if config.eval_strategy == "steps" and (progress.step % config.eval_steps == 0 or self._is_over()):
+            scores = self._evaluate()
+            if scores:
+                self._enter({"step": progress.step, "epoch": self._epoch()} | scores)
+        # The last step is saved after the epoch.
+        if config.save_strategy == "steps" and progress.step % config.save_steps == 0 and not self._is_over():
             self._save()
+
+    def _is_asked_to_stop(self) -> bool:
+        """Whether a callback of any process wants the run to stop."""
+        asked = any(getattr(callback, "should_training_stop", False) for callback in self._begun)
+        if not self._begun or self.accelerator.num_processes == 1:
+            return asked
+        total: Any = self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device))
+        return bool(total > 0)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Measure the present values, or their average: the scores as `eval_...`; nothing without an evaluation."""
+        if self._eval_loader is None:
+            return {}
+        task = self._tuned.task
+        with nullcontext() if self._average is None else self._average.in_place(task, self._whole):
+            scores = measure(
+                self.accelerator,
+                self.model,
+                self._eval_loader,
+                self.config,
+                self._objective,
+                compute_metrics=self._compute_metrics,
+            )
+            with self._whole():
+                self._best.update(scores, task)
+        self._call("on_evaluate", scores)
+        self.model.train()
+        return {f"eval_{name}": value for name, value in scores.items()}
+
+    def _epoch(self) -> float:
+        return len(self.progress.history) + self.progress.batches / len(self._loader)
 
     def _log_step(self) -> None:
         progress = self.progress
-        loss, images = self._reduce(progress.log_sums)
-        progress.log_sums = torch.zeros(2)
-        epoch = len(progress.history) + progress.batches / len(self._loader)
+        loss, images, _ = self._reduce(progress.log_sums)
+        progress.log_sums = torch.zeros(3)
         entry = {
             "step": progress.step,
-            "epoch": epoch,
+            "epoch": self._epoch(),
             "loss": loss / max(images, 1),
             "learning_rate": self._learning_rate(),
         }
-        progress.log_history.append(entry)
-        self.accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=progress.step)
-        self._bar.set_postfix({"epoch": f"{epoch:.2f}", "loss": f"{entry['loss']:.4g}"})
+        if self._gradient_norm is not None:
+            entry["grad_norm"] = float(self._gradient_norm)
+        self._enter(entry)
+        self._bar.set_postfix({"epoch": f"{entry['epoch']:.2f}", "loss": f"{entry['loss']:.4g}"})
+        self._call("on_log", entry)
+
+    def _enter(self, entry: dict[str, float]) -> None:
+        """Put an entry into the log, and into the trackers."""
+        self.progress.log_history.append(entry)
+        self.accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=self.progress.step)
 
     def _end_epoch(self) -> None:
         progress = self.progress
-        loss, images = self._reduce(progress.sums)
+        loss, images, plain = self._reduce(progress.sums)
         self._count_time()
         entry = {
             "epoch": len(progress.history) + 1.0,
             "loss": loss / max(images, 1),
+            "task_loss": plain / max(images, 1),
             "learning_rate": self._learning_rate(),
         }
         entry |= {"seconds": progress.seconds, "images_per_second": images / progress.seconds}
-        if self._eval_loader is not None:
-            task = self._tuned.task
-            with nullcontext() if self._average is None else self._average.in_place(task, self._whole):
-                scores = measure(
-                    self.accelerator,
-                    self.model,
-                    self._eval_loader,
-                    self.config,
-                    self._objective,
-                    compute_metrics=self._compute_metrics,
-                )
-                with self._whole():
-                    self._best.update(scores, task)
-            entry |= {f"eval_{name}": value for name, value in scores.items()}
+        if self.config.eval_strategy == "epoch":
+            entry |= self._evaluate()
         entry["peak_memory_gb"] = _peak_memory(self.accelerator.device) / 1e9
         progress.history.append(entry)
         self._count_time()
-        progress.batches, progress.seconds, progress.sums = 0, 0.0, torch.zeros(2)
+        progress.batches, progress.seconds, progress.sums = 0, 0.0, torch.zeros(3)
         progress.order = self._order.get_state()
         self.accelerator.log(entry, step=progress.step)
         logger.info("%s", entry)
+        self._call("on_epoch_end", entry)
+        self._stopped = self._stopped or self._is_asked_to_stop()
 
-    def _reduce(self, sums: Tensor) -> tuple[float, float]:
-        """The sums of losses and of images of all processes."""
+    def _reduce(self, sums: Tensor) -> list[float]:
+        """The sums of all processes: of losses, of images, and of losses as evaluations measure them."""
         reduced: Any = self.accelerator.reduce(sums.to(self.accelerator.device))
-        loss, images = reduced.tolist()
-        return loss, images
+        return reduced.tolist()
 
     def _learning_rate(self) -> float:
         """The highest of the present learning rates."""
@@ -378,17 +424,18 @@ class TrainingRun:
         state = {name: part.state_dict() for name, part in self._parts().items()}
         self._checkpoints.save(self.progress.step, state | {"progress": vars(self.progress) | sums})
 
-    def _call(self, event: str) -> None:
+    def _call(self, event: str, *values: Any) -> None:
         for callback in self._begun:
-            getattr(callback, event)(self._tuned)
+            getattr(callback, event)(self._tuned, *values)
 
     def result(self) -> TrainingResult:
         """What the run did so far."""
         result = self.progress.result()
         if self.config.load_best_model_at_end and self._best.scores:
             return replace(result, scores=dict(self._best.scores))
-        last = result.history[-1] if result.history else {}
-        scores = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
+        evaluated = [each for each in (*result.history, *result.log_history) if any(map(_is_score, each))]
+        last = evaluated[-1] if evaluated else {}
+        scores = {name.removeprefix("eval_"): value for name, value in last.items() if _is_score(name)}
         return replace(result, scores=scores)
 
     def close(self) -> None:
@@ -400,6 +447,10 @@ class TrainingRun:
             self.accelerator.end_training()
         release(self.accelerator, self._tuned)
         self._tuned.eval()
+
+
+def _is_score(name: str) -> bool:
+    return name.startswith("eval_")
 
 
 def _total_steps(batches: int, config: TrainingConfig) -> int:

@@ -14,7 +14,14 @@ from ..preparation import TrainingConfig
 from ..tasks import SingleLabel
 
 _WITHOUT_EFFECT = {"disable_tqdm", "dataloader_num_workers", "logging_steps", "report_to", "trunk_cache_max_gb"}
-_WITHOUT_EFFECT |= {"output_dir", "save_strategy", "save_steps", "save_total_limit"}
+_WITHOUT_EFFECT |= {
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "output_dir",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+}
 """Settings that may differ when a run is resumed."""
 
 

@@ -25,7 +25,7 @@ from transformers import ViTImageProcessorPil
 
 import memtune
 from memtune import TrainingConfig
-from memtune.data.augmentation import Augmentation
+from memtune.data.augmentation import Augmentation, Changes
 from memtune.data.images import ImageDataset
 from memtune.errors import ConfigError, InputError
 from memtune.preparation import make_mixing
@@ -38,6 +38,9 @@ STEPS = 6
 """Of three epochs."""
 
 torchvision = pytest.mark.skipif(find_spec("torchvision") is None, reason="needs torchvision")
+
+
+STRONGLY = Changes(operations=2, magnitude=15)
 
 
 def workers(test: Any) -> Any:
@@ -90,7 +93,7 @@ def check_resumed(data: Any, folder: Path, **settings: Any) -> None:
 @torchvision
 def test_an_image_is_a_function_of_seed_version_and_place() -> None:
     def versions(seed: int, version: int, places: range) -> list[bytes]:
-        return [Augmentation(2, 15, seed)(noise(), place, version).tobytes() for place in places]
+        return [Augmentation(STRONGLY, seed)(noise(), place, version).tobytes() for place in places]
 
     one = versions(3, 1, range(40))
     torch.manual_seed(7)  # whatever is drawn elsewhere
@@ -106,7 +109,7 @@ def test_an_image_is_a_function_of_seed_version_and_place() -> None:
 def test_an_image_is_what_torchvision_makes_of_it() -> None:
     from torchvision.transforms import v2
 
-    made = [Augmentation(2, 15, 0)(noise(), place, 4) for place in range(30)]
+    made = [Augmentation(STRONGLY, 0)(noise(), place, 4) for place in range(30)]
     assert {each.mode for each in made} == {"RGB"}
     assert {each.size for each in made} == {(48, 40)}
     transform = v2.RandAugment(2, 15)
@@ -117,7 +120,7 @@ def test_an_image_is_what_torchvision_makes_of_it() -> None:
 
 @torchvision
 def test_the_random_states_of_training_are_left_alone() -> None:
-    augment, before = Augmentation(2, 15, 0), torch.get_rng_state()
+    augment, before = Augmentation(STRONGLY, 0), torch.get_rng_state()
     for place in range(5):
         augment(noise(), place, 1)
     assert torch.equal(torch.get_rng_state(), before)
@@ -125,7 +128,7 @@ def test_the_random_states_of_training_are_left_alone() -> None:
 
 @torchvision
 def test_it_travels_to_processes_that_start_anew() -> None:
-    augment = Augmentation(2, 15, 0)
+    augment = Augmentation(STRONGLY, 0)
     again = pickle.loads(pickle.dumps(augment))
     assert [again(noise(), place, 4).tobytes() for place in range(9)] == [
         augment(noise(), place, 4).tobytes() for place in range(9)
@@ -151,7 +154,10 @@ def test_workers_and_processes_read_the_same_images() -> None:
 
     def loader(workers: int = 0) -> Any:
         config = TrainingConfig(per_device_train_batch_size=3, dataloader_num_workers=workers)
-        draws = {"order": torch.Generator().manual_seed(5), "augment": Augmentation(2, 15, 0)}
+        draws = {
+            "order": torch.Generator().manual_seed(5),
+            "augment": Augmentation(STRONGLY, 0),
+        }
         data = pictures([str(place) for place in range(10)], 1, 0)  # each image has its place as its class
         return make_loader(trained, data, config, make_accelerator(config), **draws)
 
@@ -230,7 +236,7 @@ def entries(folder: Path) -> set[Path]:
 
 @torchvision
 def test_a_cache_holds_some_versions_and_epochs_go_through_them(tmp_path: Path) -> None:
-    augmented = ImageDataset(images(), PROCESSOR, augment=Augmentation(2, 15, 0))
+    augmented = ImageDataset(images(), PROCESSOR, augment=Augmentation(STRONGLY, 0))
     own = Versions([augmented.version(index, version) for index in range(len(augmented))] for version in range(3))
     expected, loss = masked_run(own, seed=4)
     values, found = masked_run(images(), seed=4, **cached(tmp_path))
@@ -356,8 +362,8 @@ def test_torchvision_is_asked_for(settings: dict[str, Any], monkeypatch: pytest.
     ("settings", "message"),
     [
         ({"mixup_alpha": 0.2}, "a trunk cache has no images to mix"),
-        ({"randaugment_ops": 2}, "randaugment_ops: a trunk cache computes each image once; say how many versions"),
-        ({"trunk_cache_versions": 4}, "trunk_cache_versions: got 4, but only a trunk cache with RandAugment"),
+        ({"randaugment_ops": 2}, "randaugment_ops, .*: a trunk cache computes each image once; say how many versions"),
+        ({"trunk_cache_versions": 4}, "trunk_cache_versions: got 4, but only a trunk cache with augmentation"),
     ],
     ids=str,
 )
@@ -376,3 +382,24 @@ def test_a_data_set_of_items_is_its_owners_to_augment(monkeypatch: pytest.Monkey
     for data, kind in ((items(8), "list"), (rows, "Dataset")):
         with pytest.raises(InputError, match=rf"randaugment_ops: got items of pixel_values \({kind}\), expected pict"):
             fit(data, **STRONG)
+
+
+@torchvision
+def test_crops_flips_and_colours_are_those_of_torchvision() -> None:
+    from torchvision.transforms import v2
+
+    image = noise()
+    flipped = Augmentation(Changes(flip=0.99), 0)
+    mirrored = [flipped(image, place, 1).tobytes() for place in range(20)]
+    assert set(mirrored) <= {image.tobytes(), image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes()}
+    assert mirrored.count(image.tobytes()) < 4
+    cropped = [Augmentation(Changes(crop=0.3), 0)(image, place, 1) for place in range(10)]
+    assert {each.size for each in cropped} == {image.size}
+    assert len({each.tobytes() for each in cropped}) == 10
+    assert Augmentation(Changes(crop=0.3), 0)(image, 3, 1).tobytes() == cropped[3].tobytes()
+    one = Augmentation(Changes(jitter=0.4, flip=0.5), 0)
+    assert one(image, 0, 1).tobytes() != image.tobytes()
+    assert one(image, 0, 0) is image
+    assert one.describe(0, 1) != Augmentation(Changes(jitter=0.3, flip=0.5), 0).describe(0, 1)
+    assert "RandAugment" in Augmentation(STRONGLY, 0).describe(0, 1)
+    assert isinstance(one._transforms[1], v2.ColorJitter)
