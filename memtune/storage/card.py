@@ -77,6 +77,12 @@ with torch.no_grad():
     {answer}
 print({shown})"""
 
+_PREDICT = """\
+{imports}
+
+{model}
+print(model.predict("image.jpg"{tasks}))  # or a folder, a list of files, PIL images"""
+
 _FEATURES = """\
 ## Features
 
@@ -96,7 +102,7 @@ and the output is that class's."""
 
 _PROCESSED = """\
 image = Image.open("image.jpg").convert("RGB")
-pixel_values = {processor}(image, return_tensors="pt").pixel_values"""
+pixel_values = model.processor(image, return_tensors="pt").pixel_values"""
 
 _NO_NAME = "path/to/the/backbone"
 
@@ -251,21 +257,18 @@ def _usage(config: Mapping[str, Any], base_model: str | None, details: CardDetai
     if earlier:
         tasks = ", ".join([f'{json.dumps(name)}: "path/to/it"' for name in earlier] + [f'"this": {source}'])
         model = f"model = memtune.combine({backbone}, {{{tasks}}})"
-        processor, logits, labels = (
-            "processor",
-            'model(pixel_values, tasks=["this"])["this"].logits',
-            'model.tasks["this"]',
-        )
+        logits, labels = 'model(pixel_values, tasks=["this"])["this"].logits', 'model.tasks["this"]'
     else:
         model = f"model = memtune.load({source}{'' if recorded else f', backbone={backbone}'})"
-        processor, logits, labels = "model.processor", "model(pixel_values).logits", "model.config.id2label"
+        logits, labels = "model(pixel_values).logits", "model.config.id2label"
     if earlier or not recorded:
         from_transformers.append(model_class)
+    if config["processor"] and config["labels"]:
+        imports = ["import memtune"] + ([f"from transformers import {model_class}"] if from_transformers else [])
+        tasks = ', tasks=["this"]' if earlier else ""
+        return _PREDICT.format(imports="\n".join(imports), model=model, tasks=tasks)
     if config["processor"]:
         imports.append("from PIL import Image")
-    if config["processor"] and earlier:
-        from_transformers.append("AutoImageProcessor")
-        model += f"\nprocessor = AutoImageProcessor.from_pretrained({source})"
     if from_transformers:
         imports.append(f"from transformers import {', '.join(sorted(from_transformers))}")
     size = ", ".join(str(number) for number in (1, config["backbone"]["channels"], *config["backbone"]["image_size"]))
@@ -282,7 +285,7 @@ def _usage(config: Mapping[str, Any], base_model: str | None, details: CardDetai
     return _USAGE.format(
         imports="\n".join(imports),
         model=model,
-        pixel_values=_PROCESSED.format(processor=processor) if config["processor"] else random,
+        pixel_values=_PROCESSED if config["processor"] else random,
         answer=answer,
         shown=shown,
     )

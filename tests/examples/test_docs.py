@@ -112,7 +112,7 @@ def desk(material: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shutil.copytree(material / "desk", tmp_path / "desk")
     monkeypatch.chdir(tmp_path / "desk")
     yield tmp_path / "desk"
-    transformers.__dict__.pop("TFPreTrainedModel", None)  # which docs/pipelines.md sets
+    transformers.__dict__.pop("TFPreTrainedModel", None)  # which docs/predict.md sets
 
 
 def test_every_block_is_found() -> None:

@@ -149,7 +149,24 @@ def test_the_code_runs_as_printed(
     Image.new("RGB", (50, 40)).save(tmp_path / "pets" / "image.jpg")
     monkeypatch.chdir(tmp_path / "pets")
     run_code(Path("README.md"))
-    assert capsys.readouterr().out == "dog\n"
+    out = capsys.readouterr().out
+    assert out.startswith("[{'label': 'dog', 'score': 1.0}") if processor else out == "dog\n"
+
+
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_the_code_of_other_labels_without_a_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], problem_type: str
+) -> None:
+    backbone().save_pretrained(tmp_path / "backbone")
+    model = tuned(ViTModel.from_pretrained(tmp_path / "backbone"), problem_type=problem_type)
+    torch.nn.init.zeros_(model.task.head.weight)
+    with torch.no_grad():
+        model.task.head.bias.copy_(torch.tensor([0.0, 100.0]))
+    model.save_pretrained(tmp_path / "pets")
+    monkeypatch.chdir(tmp_path / "pets")
+    run_code(Path("README.md"))
+    first, second = (0.5, 1.0) if problem_type == "multi_label_classification" else (0.0, 100.0)
+    assert capsys.readouterr().out == f"{{'cat': {first}, 'dog': {second}}}\n"
 
 
 def run_code(card: Path) -> None:
@@ -165,7 +182,8 @@ def test_the_code_of_an_adapter_without_a_named_backbone(
     model.save_pretrained("path/to/the/backbone")
     tuned(model).save_pretrained(tmp_path)
     run_code(Path("README.md"))
-    assert capsys.readouterr().out in ("cat\n", "dog\n")
+    out = capsys.readouterr().out
+    assert out.startswith("{'this': [{'label': '") if processor else out in ("cat\n", "dog\n")
 
 
 @pytest.mark.parametrize("processor", [False, True], ids=["no-processor", "processor"])
