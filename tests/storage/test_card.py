@@ -182,8 +182,7 @@ def test_the_code_of_an_adapter_without_a_named_backbone(
     model.save_pretrained("path/to/the/backbone")
     tuned(model).save_pretrained(tmp_path)
     run_code(Path("README.md"))
-    out = capsys.readouterr().out
-    assert out.startswith("{'this': [{'label': '") if processor else out in ("cat\n", "dog\n")
+    assert capsys.readouterr().out in ("cat\n", "dog\n")
 
 
 @pytest.mark.parametrize("processor", [False, True], ids=["no-processor", "processor"])
@@ -201,4 +200,5 @@ def test_the_code_of_an_adapter_that_reads_others(
     assert "- It reads other tasks (`first`)" in Path("README.md").read_text()
     assert str(tmp_path) not in Path("README.md").read_text()
     run_code(Path("README.md"))
-    assert capsys.readouterr().out in ("cat\n", "dog\n")
+    out = capsys.readouterr().out
+    assert out.startswith("{'this': [{'label': '") if processor else out in ("cat\n", "dog\n")
