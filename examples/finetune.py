@@ -10,7 +10,7 @@
 (`accelerate launch --cpu --num_processes 2` starts one process where MPI is not set up, so this script starts them.)
 
 A folder has one folder of images for each class. The adapter, its card, its learning curves, `all_results.json` and
-checkpoints of the run go to `--output_dir`. `memtune finetune` is the same; memtune/finetuning.py has what both do:
+checkpoints of the run go to `--output_dir`. `memtune finetune` is the same; memtune/cli/finetuning.py has what both do:
 `load_dataset`, `memtune.wrap`, `memtune.fit` and `save_pretrained`.
 """
 

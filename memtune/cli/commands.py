@@ -19,7 +19,8 @@ from ..errors import CheckpointError, ConfigError, InputError
 from ..evaluation import EvaluationReport
 from ..evaluation import evaluate as evaluate_model
 from ..evaluation import inspect_data as look_at_data
-from ..models import MultiTaskModel, Prediction, TableWriter, TunedModel, caption, lines_of
+from ..explaining import explain as explain_image
+from ..models import MultiTaskModel, Prediction, TableWriter, TunedModel, caption, export_onnx, export_program, lines_of
 from ..models import combine as combine_tasks
 from ..preparation import TrainingConfig
 from ..storage import (
@@ -34,7 +35,9 @@ from ..storage import (
     read_folder,
     sized,
 )
-from . import finetuning
+from ..trunk_cache import find_damaged, list_folders
+from ..trunk_cache import prune as prune_cache
+from . import finetuning, sequences, sweeping
 from .terminal import visible
 
 logger = logging.getLogger(__name__)
@@ -63,6 +66,18 @@ def finetune(options: Namespace) -> Result:
     """
     summary = finetuning.run(options, options.command)
     return Result(None, "") if summary is None else Result(summary, finetuning.describe(summary, options.output_dir))
+
+
+def sweep(options: Namespace) -> Result:
+    """Search for settings on a folder of images, and train the best with some seeds."""
+    result = sweeping.run(options)
+    return Result(None, "") if result is None else Result(result.to_dict(), str(result))
+
+
+def continual(options: Namespace) -> Result:
+    """Learn classes that come in tasks, one after the other."""
+    result = sequences.run(options, options.command)
+    return Result(None, "") if result is None else Result(result.metrics(), sequences.describe(result))
 
 
 def inspect(options: Namespace) -> Result:
@@ -266,8 +281,7 @@ def evaluate(options: Namespace) -> Result:
     if options.report is not None:
         new_figure()  # asked for now, and not after hours
     data = {name: load_folder(folder) for name, folder in folders.items()}
-    model: Any = MultiTaskModel if several else TunedModel
-    model = model.from_pretrained(options.adapter, _load_backbone(options.backbone))
+    model: Any = _open(options)
     config = TrainingConfig(disable_tqdm=True, image_size=options.image_size)
     found: Any = evaluate_model(model, data if several else data[""], config, report=options.report is not None)
     values: dict[str, Any] = {"adapter": options.adapter}
@@ -282,6 +296,79 @@ def evaluate(options: Namespace) -> Result:
             text = f"{own}\n\n{folder / 'report.html'}"
         lines.append(f"{name}: {text}" if name else text)
     return Result(values, "\n".join(lines))
+
+
+def _open(options: Namespace) -> TunedModel | MultiTaskModel:
+    """The model of an adapter, or of a folder of many."""
+    kind = MultiTaskModel if is_collection(options.adapter) else TunedModel
+    return kind.from_pretrained(options.adapter, _load_backbone(options.backbone))
+
+
+def merge(options: Namespace) -> Result:
+    """Write an adapter into the weights of a copy of its backbone, and save that as a plain model of transformers."""
+    model = TunedModel.from_pretrained(options.adapter, _load_backbone(options.backbone))
+    merged = model.merge()
+    merged.save_pretrained(options.output)
+    if model.processor is not None:
+        model.processor.save_pretrained(options.output)
+    name = type(merged).__name__
+    return Result({"output": options.output, "model_class": name}, f"{name} in {options.output}")
+
+
+def export(options: Namespace) -> Result:
+    """Write a model as a file for ONNX Runtime (.onnx) or torch.export (.pt2), with an output for each task."""
+    path = Path(options.output)
+    if path.suffix not in (".onnx", ".pt2") or not path.parent.is_dir():
+        raise ConfigError(f"output: got {options.output!r}, expected a file .onnx or .pt2 in a folder that is there")
+    size = None if options.image_size is None else (options.image_size, options.image_size)
+    model = _open(options)
+    if path.suffix == ".onnx":
+        export_onnx(model, path, image_size=size)
+    else:
+        torch.export.save(export_program(model, image_size=size), path)
+    return Result({"output": options.output, "bytes": path.stat().st_size}, f"{path}: {path.stat().st_size:,} bytes")
+
+
+def explain(options: Namespace) -> Result:
+    """Draw what a model looks at in an image, block by block."""
+    check_picture(options.output, "output")
+    image = decode(options.image)
+    found = explain_image(_open(options), image, task=options.task)
+    found.save(options.output)
+    values = {"label": found.label, "probability": found.probability, "output": options.output}
+    return Result(
+        values, f"{found.label} ({found.probability:.3f}), {options.output}" if found.label else options.output
+    )
+
+
+def cache(options: Namespace) -> Result:
+    """Show, check or clear the folder of a trunk cache."""
+    if options.action == "verify":
+        damaged = [str(path) for path in find_damaged(options.folder)]
+        text = "\n".join(damaged) or "all entries are whole"
+        return Result({"damaged": damaged}, text, exit_code=1 if damaged else 0)
+    if options.action == "prune":
+        folders = prune_cache(options.folder, days=options.days, max_gb=options.max_gb)
+    else:
+        folders = list_folders(options.folder)
+    rows = [
+        {
+            "folder": each.path.name,
+            "backbone": each.backbone,
+            "dtype": each.context.get("dtype"),
+            "images": each.images,
+            "bytes": each.bytes,
+            "days": round(each.days, 1),
+        }
+        for each in folders
+    ]
+    what = "deleted " if options.action == "prune" else ""
+    lines = [
+        f"{what}{row['folder']}  {visible(row['backbone'])}  {row['dtype']}  {row['images']:,} images  "
+        f"{row['bytes'] / 1e9:.3f} GB  {row['days']} days old"
+        for row in rows
+    ]
+    return Result(rows, "\n".join(lines) or "nothing")
 
 
 def combine(options: Namespace) -> Result:

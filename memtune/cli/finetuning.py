@@ -12,13 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import yaml
-from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
-from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
+from transformers import set_seed
 
 from ..backbones import Backbone
 from ..data import class_names, find_columns, held_out, load_folder, load_splits, make_reader
@@ -29,6 +27,7 @@ from ..models import TunedModel, wrap
 from ..preparation import add_training_arguments, read_training_arguments
 from ..tasks import OBJECTIVES, Regression, SingleLabel, find_objective
 from ..training import fit
+from .common import begin, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +92,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] | No
     """
     if args.cpu and args.num_processes > 1 and "LOCAL_RANK" not in os.environ:
         _start_processes(args.num_processes)
-    state = PartialState(cpu=args.cpu)
-    logging.basicConfig(level=logging.INFO if state.is_main_process else logging.ERROR)
-    if not state.is_main_process:
-        datasets.disable_progress_bars()
+    state = begin(cpu=args.cpu)
     columns = {"image_column": args.image_column_name, "label_column": args.label_column_name}
     config = read_training_arguments(args, **columns)
     with state.main_process_first():
@@ -261,13 +257,7 @@ def build_model(args: argparse.Namespace, labels: Sequence[str]) -> TunedModel:
     Raises:
         ConfigError: The backbone cannot be loaded, or the settings do not fit it.
     """
-    try:
-        backbone = AutoModelForImageClassification.from_pretrained(
-            args.model_name_or_path, attn_implementation=args.attn_implementation, trust_remote_code=False
-        )
-        processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--model_name_or_path: {args.model_name_or_path!r} cannot be loaded: {error}") from error
+    backbone, processor = load_model(args.model_name_or_path, args.attn_implementation)
     settings = args.method_config
     if not isinstance(settings, dict) or settings.keys() - set(args.method):
         raise ConfigError(

@@ -37,6 +37,14 @@ _FINETUNE = """The images are in one folder for each class, or in a data set of 
 learning curves and all_results.json go to --output_dir, with checkpoints to go on from.
 Several GPUs: accelerate launch -m memtune finetune ..."""
 
+_SWEEP = """Each setting is trained on one part of the training images and measured on the other; the best one is
+trained on all of them, with each seed, and measured on --test_dir. The same command again goes on where it was stopped.
+--search learning_rate=log:1e-4:1e-1 weight_decay=0:1 memory.tokens=1,2,4,8"""
+
+_CONTINUAL = """The adapter and the state of the run go to --output_dir after each task: the same command again goes on
+where it was stopped. At the end all_results.json and accuracy.png join them. --method head trains the head alone, full
+the whole backbone, closed_form solves the head from sums over the images."""
+
 _INSPECT = "A folder that cannot be loaded is reported with what is wrong with it, and the exit code is 1."
 
 _INSPECT_DATA = """Prints counts, sizes, and what is wrong: images that cannot be read, that are there twice or in two
@@ -47,6 +55,11 @@ read are named, and the exit code is 1; the others are answered all the same."""
 
 _EVALUATE = """With --report also by class and by pair of classes, how well the probabilities are calibrated, and the
 worst errors."""
+
+_EXPORT = "A graph has the backbone's pass once, and an output for each task; the batch may have any size."
+
+_CACHE = """ls: what is there, by backbone and settings, the newest first. verify: read all entries; the exit code is 1
+if one is not whole. prune: delete what is old; no run may be using it."""
 
 _COMBINE = "Prints what the tasks share, and what they cost beside a pass of the backbone."
 
@@ -77,8 +90,17 @@ def build_parser(arguments: Sequence[str] | None = None) -> argparse.ArgumentPar
 
     summary = "train an adapter on a folder of images or a data set of the Hub"
     finetuning = command("finetune", summary, _FINETUNE)
-    if arguments is None or "finetune" in arguments:
-        import_module(".finetuning", __package__).add_arguments(finetuning)
+    summary = "search for settings on folders of images, over one trunk cache in masked mode"
+    searching = command("sweep", summary, _SWEEP)
+    summary = "learn classes that come in tasks, one after the other"
+    learning = command("continual", summary, _CONTINUAL)
+    for name, parser_of, module in (
+        ("finetune", finetuning, "finetuning"),
+        ("sweep", searching, "sweeping"),
+        ("continual", learning, "sequences"),
+    ):
+        if arguments is None or name in arguments:
+            import_module(f".{module}", __package__).add_arguments(parser_of)
     add = command("inspect", "show what an adapter is, or what is wrong with its folder", _INSPECT).add_argument
     add("adapter", help="the adapter")
     add = command("inspect-data", "look at a folder of images before training on it", _INSPECT_DATA).add_argument
@@ -117,6 +139,28 @@ def build_parser(arguments: Sequence[str] | None = None) -> argparse.ArgumentPar
     add("output", help="the folder to write")
     _adapters(add)
     backbone(add)
+    add = command(
+        "merge", "write an adapter into its backbone's weights, as a plain model of transformers"
+    ).add_argument
+    add("adapter", help="an unmasked LoRA adapter, or a head alone")
+    add("output", help="the folder to write")
+    backbone(add)
+    add = command("export", "write a model as ONNX or for torch.export", _EXPORT).add_argument
+    add("adapter", help="the adapter, or a folder of `memtune combine`")
+    add("output", help="the file to write: .onnx or .pt2")
+    backbone(add)
+    add("--image_size", type=int, help="height and width in pixels; by default those that it was trained at")
+    add = command("explain", "draw what a model looks at in an image").add_argument
+    add("image", help="the image")
+    add("adapter", help="the adapter, or a folder of `memtune combine`")
+    add("output", help="the picture to write")
+    add("--task", help="the task, where there are several")
+    backbone(add)
+    add = command("cache", "show, check or clear the folder of a trunk cache", _CACHE).add_argument
+    add("action", choices=["ls", "verify", "prune"], help="what to do")
+    add("folder", help="the folder, as it was given by --trunk_cache")
+    add("--days", type=float, help="prune what was written so many days ago")
+    add("--max_gb", type=float, help="prune the oldest until the rest takes so many gigabytes")
     add = command(
         "push", "share an adapter on the Hugging Face Hub", "You must be logged in (`hf auth login`)."
     ).add_argument

@@ -8,3 +8,7 @@ from .store import CacheType as CacheType
 from .store import TrunkCache as TrunkCache
 from .store import digest_of as digest_of
 from .store import to_pass as to_pass
+from .upkeep import CacheFolder as CacheFolder
+from .upkeep import find_damaged as find_damaged
+from .upkeep import list_folders as list_folders
+from .upkeep import prune as prune

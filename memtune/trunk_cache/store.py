@@ -117,18 +117,13 @@ class TrunkCache:
         path = self.path(image)
         try:
             status = path.lstat()
-            if not stat.S_ISREG(status.st_mode):  # which nobody's reading may wait for
-                return False
-            known = (str(path), status.st_mtime_ns, status.st_size)
-            if known in _checked:
-                return True
-            with safe_open(path, framework="pt") as file:
-                entry = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-                if (file.metadata() or {}).get("crc32") != _checksum(entry):
-                    return False
-        except (OSError, SafetensorError):
+        except OSError:
             return False
-        _checked.add(known)
+        known = (str(path), status.st_mtime_ns, status.st_size)
+        if known not in _checked:
+            if not is_whole(path):
+                return False
+            _checked.add(known)
         return True
 
     def size(self) -> int:
@@ -145,6 +140,18 @@ class TrunkCache:
         """Bytes that the disk of the directory has left."""
         there = next(each for each in (self.directory.absolute(), *self.directory.absolute().parents) if each.exists())
         return shutil.disk_usage(there).free
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is an entry with all that was written; it is read."""
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):  # which nobody's reading may wait for
+            return False
+        with safe_open(path, framework="pt") as file:
+            entry = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            return (file.metadata() or {}).get("crc32") == _checksum(entry)
+    except (OSError, SafetensorError):
+        return False
 
 
 def describe_trunk(backbone: Backbone, transform: Mapping[str, Any], precision: str) -> dict[str, Any]:
