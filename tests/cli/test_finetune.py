@@ -108,15 +108,8 @@ def test_two_processes_have_the_losses_of_one_and_go_on(material, tmp_path):
         material, tmp_path / "two", *together, "--resume_from_checkpoint", str(checkpoint), OMP_NUM_THREADS="1"
     )
     assert resumed["eval_loss"] == pytest.approx(two["eval_loss"], abs=1e-6)
-
-
-def test_two_processes_reach_the_accuracy_of_one(material, tmp_path):
-    one = finetune(material, tmp_path / "one", "--per_device_train_batch_size", "8")
-    together = ["--cpu", "--num_processes", "2", "--per_device_train_batch_size", "4"]
-    two = finetune(material, tmp_path / "two", *together, OMP_NUM_THREADS="1")
-    assert two["num_processes"] == 2
-    assert two["eval_samples"] == 21
-    assert abs(one["eval_accuracy"] - two["eval_accuracy"]) <= 2 / 21
+    assert (two["num_processes"], two["eval_samples"]) == (2, 21)
+    assert abs(one["eval_accuracy"] - two["eval_accuracy"]) <= 1 / 21
     assert memtune.load(tmp_path / "two").task.labels == ["blue", "green", "red"]
 
 

@@ -10,7 +10,7 @@ from memtune.data.images import as_items
 
 pytestmark = [pytest.mark.slow, pytest.mark.shared]
 
-PIXELS = 128
+PIXELS = 96
 SETTINGS = memtune.TrainingConfig(
     num_train_epochs=5, learning_rate=1e-2, image_size=PIXELS, seed=0, mixed_precision="bf16", disable_tqdm=True
 )

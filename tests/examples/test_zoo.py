@@ -14,6 +14,14 @@ import memtune
 
 ROOT = Path(__file__).parents[2]
 ADAPTERS = sorted(path.parent for path in (ROOT / "adapters").glob("*/adapter_config.json"))
+MEASURED_AGAIN = [
+    "dtd10-lora",
+    "gtsrb-memory-lora-masked",
+    "pacs-cartoon-coda-prompts-masked",
+    "trashnet-memory-masked",
+]
+"""One of each task, in both modes; the logits of all are compared."""
+
 each_adapter = pytest.mark.parametrize("folder", ADAPTERS, ids=lambda folder: folder.name)
 
 
@@ -90,7 +98,11 @@ def test_all_masked_ones_answer_from_one_pass(backbone):
 
 @pytest.mark.slow
 @pytest.mark.shared
-@each_adapter
+@pytest.mark.parametrize(
+    "folder",
+    [folder for folder in ADAPTERS if folder.name in MEASURED_AGAIN],
+    ids=lambda folder: folder.name,
+)
 def test_the_recorded_accuracy(zoo, backbone, shared_data, folder):
     """In full precision, where it was measured in bf16: some images near a boundary may fall to the other side."""
     task, _ = zoo.ZOO[folder.name]

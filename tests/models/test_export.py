@@ -58,8 +58,21 @@ def test_a_program_has_an_output_for_each_task() -> None:
         assert torch.equal(answer.logits, before[name].logits)
 
 
+VARIANTS = [
+    "deit",
+    "vit_msn",
+    "beit-shared",
+    "beit-absolute",
+    "dinov2-swiglu",
+    "dinov3-gated",
+    "swinv2-head",
+    "pvt-head",
+]
+"""Of these another case has the tower's code, but for a layer or two."""
+
+
 @pytest.mark.slow
-@each([*FAMILIES, *PLAIN])
+@each([case for case in (*FAMILIES, *PLAIN) if case.name not in VARIANTS])
 def test_programs_of_every_family(case: Case) -> None:
     backbone = case.build()
     unmasked = [kind for kind in UNMASKED if case not in PLAIN or kind[0] != "head"]
@@ -155,7 +168,7 @@ def test_onnx_files_need_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit-head", "beit", "swin"])
+@pytest.mark.parametrize("name", ["beit", "swin"])  # docs/export.md has a ViT
 def test_onnx_runtime_gives_the_same_answers(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="needs memtune[onnx]")
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
