@@ -8,8 +8,9 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +60,12 @@ class Explanation:
         """The probability of the answer."""
         return float(self.probabilities.max()) if self.label is not None else None
 
-    def save(self, path: str | Path) -> None:
+    def _repr_png_(self) -> bytes:
+        file = BytesIO()
+        self.save(file)
+        return file.getvalue()
+
+    def save(self, path: str | Path | BinaryIO) -> None:
         """Draw the image, each block's attention over it, and where else the attention went.
 
         Args:

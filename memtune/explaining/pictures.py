@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
@@ -33,7 +33,12 @@ def token_name(masked: bool) -> str:
 
 
 def draw_explanation(
-    path: str | Path, image: Tensor, blocks: Sequence[Attention], *, masked: bool, title: str | None
+    path: str | Path | BinaryIO,
+    image: Tensor,
+    blocks: Sequence[Attention],
+    *,
+    masked: bool,
+    title: str | None,
 ) -> None:
     """Draw an image, each block's attention over it, and what the attention of each block falls on.
 

@@ -356,6 +356,12 @@ class MultiTaskModel(SharedModel):
         self.arrangement = Arrangement.of(Backbone(self.backbone), tasks)
         return self
 
+    def __repr__(self) -> str:
+        if "backbone" not in self._modules:
+            return "MultiTaskModel(detached)"
+        tasks = "".join(f"\n  {name}: {task.summary()}" for name, task in self.arrangement.tasks.items())
+        return f"MultiTaskModel({len(self.tasks)} tasks on {type(self.backbone).__name__}{tasks}\n)"
+
     def __getstate__(self) -> dict[str, Any]:
         made = ("_structure", "_hooks")
         kept = {name: value for name, value in self.__dict__.items() if name not in made}

@@ -451,6 +451,13 @@ class TunedModel(SharedModel):
         share = 100 * trained / total
         print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f}")  # noqa: T201
 
+    def __repr__(self) -> str:
+        if "backbone" not in self._modules:
+            return "TunedModel(detached)"
+        counts = self.trainable_parameters()
+        kind = type(self.backbone).__name__
+        return f"TunedModel({self.task.summary()}; {counts['total']:,} values on {kind} with {counts['backbone']:,})"
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

@@ -157,6 +157,17 @@ class Task(nn.Module):
             )
         return self.head
 
+    def summary(self) -> str:
+        """What it is, in a line: methods, mode, labels, the size of its images."""
+        trained = zip(self.methods, self.adapters, strict=True)
+        methods = " + ".join(name for name, adapter in trained if any(True for _ in adapter.parameters()))
+        shown = ", ".join(self.labels[:4]) + (", ..." if len(self.labels) > 4 else "")
+        kinds = {"regression": "numbers", "multi_label_classification": "classes, any of them"}
+        kind = kinds.get(self.objective.problem_type, "classes")
+        what = f"{len(self.labels)} {kind} ({shown})" if self.labels else "features"
+        size = f", at {self.image_size[0]} x {self.image_size[1]} px" if self.image_size else ""
+        return f"{methods or 'head alone'}, {'masked' if self.masked else 'unmasked'}: {what}{size}"
+
     def penalty(self) -> Tensor | None:
         """What the methods add to the loss in training, a single number, or None."""
         penalties = [adapter.penalty() for adapter in self.adapters]

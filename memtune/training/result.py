@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,23 @@ class TrainingResult:
     steps: int = 0
     seconds: float = 0.0
     scores: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "\n".join("  ".join(f"{value:>14}" for value in row) for row in self._rows()) or "no epoch has ended"
+
+    def _repr_html_(self) -> str:
+        header, *rows = self._rows() or [["no epoch has ended"]]
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+        body = "".join(f"<tr>{''.join(f'<td>{value}</td>' for value in row)}</tr>" for row in rows)
+        return f"<table><tr>{head}</tr>{body}</table>"
+
+    def _rows(self) -> list[list[str]]:
+        """The history as a table, its header first."""
+        if not self.history:
+            return []
+        shown = ("epoch", "task_loss", "learning_rate", "seconds")
+        names = [name for name in self.history[-1] if name in shown or name.startswith("eval_")]
+        return [names, *([f"{entry[name]:.4g}" for name in names] for entry in self.history)]
 
     def plot(self, path: str | Path) -> None:
         """Draw the learning curves: the same loss of training and evaluation, and the first score of the evaluations.
