@@ -72,6 +72,7 @@ _RULES: dict[str, Rule] = {
     "max_steps": ("a number of steps, or -1", lambda value: value == -1 or _whole(value)),
     "per_device_train_batch_size": _WHOLE,
     "per_device_eval_batch_size": _WHOLE,
+    "auto_find_batch_size": _FLAG,
     "gradient_accumulation_steps": _WHOLE,
     "optim": _one_of("adamw", "sgd"),
     "learning_rate": _NOT_NEGATIVE,
@@ -136,6 +137,8 @@ class TrainingConfig:
         max_steps: Steps of the optimizer in place of epochs; -1 for epochs.
         per_device_train_batch_size: Images a step on each device.
         per_device_eval_batch_size: The same in evaluation.
+        auto_find_batch_size: Where a GPU's memory is too small, begin anew with half as many images a pass, and twice
+            as many passes a step.
         gradient_accumulation_steps: Batches whose gradients make one step.
         optim: "adamw" or "sgd".
         learning_rate: The highest learning rate; None for that of the model's mode (see `RECIPES`).
@@ -205,6 +208,7 @@ class TrainingConfig:
     max_steps: int = -1
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 64
+    auto_find_batch_size: bool = False
     gradient_accumulation_steps: int = 1
     optim: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float | None = None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import set_seed
+from accelerate import PartialState
+from accelerate.utils import find_executable_batch_size, set_seed
 
 from ..backbones import Backbone
-from ..errors import ConfigError
+from ..errors import ConfigError, MemtuneError
 from ..evaluation import MetricsFunction, check_metrics
 from ..models import TunedModel
 from ..preparation import TrainingConfig, borrowed_state, check_folders, make_accelerator, sharded
@@ -19,6 +23,8 @@ from ..trunk_cache import check_cacheable
 from .callbacks import TrainingCallback
 from .result import TrainingResult
 from .run import LossFunction, TrainingRun
+
+logger = logging.getLogger(__name__)
 
 
 def fit(
@@ -69,18 +75,81 @@ def fit(
     _check_objective(model.task.objective, config, compute_metrics)
     config = config.for_mode(model.task.masked)
     _check(model, config, eval_dataset, resume_from_checkpoint)
+    call = partial(
+        _run,
+        model,
+        train_dataset,
+        eval_dataset,
+        compute_loss_func=compute_loss_func,
+        compute_metrics=compute_metrics,
+        callbacks=callbacks,
+        resume=resume_from_checkpoint or False,
+    )
+    return _with_room(call, model, config) if config.auto_find_batch_size else call(config)
+
+
+def _run(
+    model: TunedModel,
+    train_dataset: Any,
+    eval_dataset: Any,
+    config: TrainingConfig,
+    *,
+    compute_loss_func: LossFunction | None,
+    compute_metrics: MetricsFunction | None,
+    callbacks: Sequence[TrainingCallback],
+    resume: bool | str | Path,
+) -> TrainingResult:
+    """One run, with settings that have been checked."""
     set_seed(config.seed)
     with borrowed_state():
         accelerator = make_accelerator(config, tracking=True)
         with sharded(accelerator, model) as trained:
             run = TrainingRun(accelerator, trained, config, compute_loss_func, callbacks, compute_metrics)
             try:
-                run.prepare(train_dataset, eval_dataset, resume_from_checkpoint or False)
+                run.prepare(train_dataset, eval_dataset, resume)
                 _record_size(model, trained, run.image_size, config)
                 run.train()
             finally:
                 run.close()
         return run.result()
+
+
+def _with_room(call: Callable[[TrainingConfig], TrainingResult], model: TunedModel, config: TrainingConfig) -> Any:
+    """A run, begun anew with half as many images a pass, and twice as many passes a step, while memory is too small.
+
+    Raises:
+        MemtuneError: Not one image fits.
+    """
+    before = {key: tensor.clone() for key, tensor in model.task.tensors().items()}
+    whole = config.per_device_train_batch_size * config.gradient_accumulation_steps
+
+    def attempt(batch_size: int) -> TrainingResult:
+        if batch_size < config.per_device_train_batch_size:
+            logger.warning("out of memory: begun anew with per_device_train_batch_size=%d", batch_size)
+            model.task.load_tensors(before)
+        passes = max(1, round(whole / batch_size))
+        return call(replace(config, per_device_train_batch_size=batch_size, gradient_accumulation_steps=passes))
+
+    find: Any = find_executable_batch_size(
+        attempt, config.per_device_train_batch_size, reduce_batch_size_fn=_Halving(config.per_device_train_batch_size)
+    )
+    try:
+        return find()
+    except RuntimeError as error:
+        if "No executable batch size" not in str(error):
+            raise
+        raise MemtuneError("auto_find_batch_size: not even one image at a time fits into memory") from error
+
+
+class _Halving:
+    """Gives half of the last number each time; 0 after 1."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __call__(self) -> int:
+        self._number //= 2
+        return self._number
 
 
 def _record_size(model: TunedModel, trained: TunedModel, size: tuple[int, int], config: TrainingConfig) -> None:
@@ -107,6 +176,12 @@ def _check(model: TunedModel, config: TrainingConfig, eval_dataset: Any, resume:
     weights = config.class_weights
     if weights is not None and weights != "balanced" and len(weights) != classes:
         raise ConfigError(f"class_weights: got {len(weights)} weights, expected one for each of {classes}")
+    if config.auto_find_batch_size and (resume or PartialState().num_processes > 1):
+        what = "a run that goes on" if resume else "several processes"
+        raise ConfigError(
+            f"auto_find_batch_size: got it for {what}; set per_device_train_batch_size to what it found before, which "
+            "the log has"
+        )
     if resume and config.output_dir is None:
         raise ConfigError("resume_from_checkpoint: set output_dir, where the run's checkpoints are")
 

@@ -23,7 +23,7 @@ import memtune
 from memtune import MemoryConfig, TrainingConfig
 from memtune.callbacks import TrainingCallback
 from memtune.cli.parser import main
-from memtune.errors import ConfigError
+from memtune.errors import ConfigError, MemtuneError
 from memtune.preparation.config import SCHEDULES
 
 VIT = BY_NAME["vit-head"]
@@ -251,3 +251,31 @@ def test_a_folder_that_is_read_without_torch(tmp_path: Path, capsys: pytest.Capt
     assert f"| accuracy | {summary['eval_accuracy']:.4f} |" in text
     assert "| 3 |" in text
     assert math.isfinite(summary["history"][-1]["task_loss"])
+
+
+def test_a_batch_size_that_fits() -> None:
+    sizes: list[int] = []
+
+    def loss(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(labels))
+        if len(labels) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return cross_entropy(outputs.logits, labels)
+
+    config = settings(auto_find_batch_size=True, per_device_train_batch_size=8, num_train_epochs=1)
+    one, other = wrapped(), wrapped()
+    result = memtune.fit(one, data(), config=config, compute_loss_func=loss)
+    assert sizes[:3] == [8, 4, 2]
+    assert result.steps == 3
+    plain = settings(per_device_train_batch_size=2, gradient_accumulation_steps=4, num_train_epochs=1)
+    memtune.fit(other, data(), config=plain, compute_loss_func=lambda o, labels: cross_entropy(o.logits, labels))
+    for key, value in one.task.tensors().items():
+        assert torch.equal(value, other.task.tensors()[key])
+
+    def never(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(MemtuneError, match="not even one image at a time"):
+        memtune.fit(wrapped(), data(), config=config, compute_loss_func=never)
+    with pytest.raises(ConfigError, match="auto_find_batch_size: got it for a run that goes on"):
+        memtune.fit(wrapped(), data(), config=config, resume_from_checkpoint=True)
