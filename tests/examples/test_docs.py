@@ -46,6 +46,8 @@ pytestmark = [
     # torch's own, when a program is exported (torch 2.13)
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:(onnx|torch)"),
+    # peft's, where it asks the Hub for the configuration of a backbone that is in the cache
+    pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
 ]
 
 
