@@ -191,8 +191,8 @@ def _learn_task(
     else:
         features, labels = read_features(model, tasks[number].train_dataset, config)
         sums.add(features, labels)
-        solved = solve_head(model.task.require_head("fit_continual"), sums, features, labels)
-        history = [{"loss": solved.loo_loss, "accuracy": solved.loo_accuracy, "ridge": solved.ridge}]
+        solved = solve_head(model.task.require_head("fit_continual"), sums, features, labels, model.task.objective)
+        history = [{"loss": solved.loo_loss, "accuracy": solved.loo_score, "ridge": solved.ridge}]
     row = [evaluate(model, task.eval_dataset, config, classes=seen)["accuracy"] for task in tasks[: number + 1]]
     result.accuracy_matrix.append(row)
     result.histories.append(history)

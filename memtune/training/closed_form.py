@@ -1,4 +1,4 @@
-"""Heads in closed form: ridge regression of the classes on the features of the images, without a step of an optimizer.
+"""Heads in closed form: ridge regression of the labels on the features of the images, without a step of an optimizer.
 
 "RanPAC" (https://arxiv.org/abs/2307.02251) has it on random features, for class-incremental learning: what it needs of
 the images are sums, which forget nothing and know no order. The strength of the penalty is chosen by leave-one-out, in
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import one_hot
 from tqdm.auto import tqdm
 
-from ..errors import ConfigError, InputError
+from ..errors import InputError
 from ..models import TunedModel
 from ..preparation import TrainingConfig, borrowed_state, check_items, make_accelerator, make_items, make_loader
-from ..tasks import IGNORED, RandomFeatureHead, SingleLabel
+from ..tasks import MultiLabel, Objective, RandomFeatureHead, Regression
 from ..trunk_cache import check_cacheable, to_pass
 
 logger = logging.getLogger(__name__)
@@ -45,16 +45,17 @@ class ClosedFormResult:
 
     Attributes:
         ridge: The strength of the penalty, as a share of the mean square of a feature over the images.
-        temperature: The factor that makes logits of the regression's answers.
-        loo_accuracy: The accuracy on images of the data set, each predicted by the head of all others.
-        loo_loss: Their mean cross-entropy.
+        temperature: The factor that makes logits of the regression's answers; 1 for numbers.
+        loo_score: What images of the data set say, each predicted by the head of all others: the accuracy; of several
+            classes an image the share of classes that are right; of numbers r2.
+        loo_loss: Their mean loss.
         images: How many images there were.
         seconds: How long it took.
     """
 
     ridge: float
     temperature: float
-    loo_accuracy: float
+    loo_score: float
     loo_loss: float
     images: int
     seconds: float
@@ -85,7 +86,7 @@ class FeatureSums:
 
         Args:
             features: Their features, (images, width).
-            labels: Their classes, (images,).
+            labels: Their classes, (images,); or numbers, (images, outputs).
             products: Whether to add the products of features as well, without which the sums do not go on.
         """
         for some, classes in zip(features.split(_AT_ONCE), labels.cpu().split(_AT_ONCE), strict=True):
@@ -93,8 +94,12 @@ class FeatureSums:
             self.images += len(read)
             self.features += read.sum(dim=0)
             self.squares += read.square().sum(dim=0)
-            self.of_class.index_add_(0, classes, read)
-            self.counts += torch.bincount(classes, minlength=len(self.counts))
+            if classes.is_floating_point():
+                self.of_class += classes.double().T @ read
+                self.counts += classes.double().sum(dim=0)
+            else:
+                self.of_class.index_add_(0, classes, read)
+                self.counts += torch.bincount(classes, minlength=len(self.counts))
             if products:
                 self._products = read.T @ read if self._products is None else self._products.addmm_(read.T, read)
 
@@ -131,10 +136,11 @@ class FeatureSums:
 
 @torch.no_grad()
 def fit_closed_form(model: TunedModel, train_dataset: Any, config: TrainingConfig | None = None) -> ClosedFormResult:
-    """Give a model the head that ridge regression of the classes on its features finds, in one pass over the images.
+    """Give a model the head that ridge regression of the labels on its features finds, in one pass over the images.
 
     The features are standardised; the penalty's strength is the one that is most often right about an image that is
-    left out, the scale of the logits the one of the least cross-entropy there. Nothing but the head changes. It is what
+    left out (of numbers, with the smallest squared error), the scale of the logits the one of the least loss there.
+    Nothing but the head changes. It is what
     every trained adapter should be compared with. A model that has a head alone takes no step of training then, and
     costs a combined pass nothing: `wrap(backbone, MemoryConfig(tokens=0, class_token=False), labels=...)`. With
     `wrap(..., head=memtune.RandomFeatures())` it is RanPAC's.
@@ -152,23 +158,19 @@ def fit_closed_form(model: TunedModel, train_dataset: Any, config: TrainingConfi
     """
     start = time.perf_counter()
     head = model.task.require_head("fit_closed_form")
-    if not isinstance(model.task.objective, SingleLabel):
-        raise ConfigError(
-            f"fit_closed_form: got a task of {model.task.objective.problem_type}, expected classes; use fit"
-        )
     config = config or TrainingConfig()
     features, labels = read_features(model, train_dataset, config)
     sums = FeatureSums(head)
     sums.add(features, labels, products=len(features) > head.in_features)
-    result = solve_head(head, sums, features, labels)
+    result = solve_head(head, sums, features, labels, model.task.objective)
     seconds = time.perf_counter() - start
-    logger.info("%d images, leave-one-out accuracy %.4f, %.0f s", sums.images, result.loo_accuracy, seconds)
+    logger.info("%d images, leave-one-out score %.4f, %.0f s", sums.images, result.loo_score, seconds)
     return ClosedFormResult(**{**vars(result), "seconds": seconds})
 
 
 @torch.no_grad()
 def read_features(model: TunedModel, dataset: Any, config: TrainingConfig) -> tuple[Tensor, Tensor]:
-    """The features (images, width), float32, and labels (images,) of a data set, on the CPU: all, in each process.
+    """The features (images, width), float32, and labels of a data set, on the CPU: all of them, in each process.
 
     Raises:
         InputError: An image or a label is wrong, or a feature is not finite.
@@ -187,8 +189,9 @@ def read_features(model: TunedModel, dataset: Any, config: TrainingConfig) -> tu
         for batch in tqdm(loader, disable=quiet, unit="batch", desc="features"):
             read = _features(model, accelerator, batch, config)
             read, found = accelerator.gather_for_metrics((read, batch["labels"]))
-            features.append(read[found != IGNORED].cpu())
-            labels.append(found[found != IGNORED].cpu())
+            kept = model.task.objective.kept(found)
+            features.append(read[kept].cpu())
+            labels.append(found[kept].cpu())
     whole = torch.cat(features)
     if not whole.isfinite().all():
         wrong = (~whole.isfinite().all(dim=1)).nonzero().flatten().tolist()
@@ -207,14 +210,17 @@ def _features(model: TunedModel, accelerator: Accelerator, batch: dict[str, Any]
 
 
 @torch.no_grad()
-def solve_head(head: torch.nn.Linear, sums: FeatureSums, features: Tensor, labels: Tensor) -> ClosedFormResult:
+def solve_head(
+    head: torch.nn.Linear, sums: FeatureSums, features: Tensor, labels: Tensor, objective: Objective
+) -> ClosedFormResult:
     """Write the solution into a head.
 
     Args:
         head: The head.
         sums: Those of all images.
         features: Those of the images that are left out in turn, (images, width).
-        labels: Their classes, (images,).
+        labels: Their labels, (images,) or (images, outputs).
+        objective: What these are.
 
     Raises:
         InputError: There is only one image.
@@ -224,27 +230,44 @@ def solve_head(head: torch.nn.Linear, sums: FeatureSums, features: Tensor, label
             f"got {sums.images} image, expected at least 2: the penalty is found by leaving out each in turn"
         )
     values, vectors = sums.spectrum(features)
-    shares = sums.counts / sums.images  # of the classes: what is answered for the mean feature
-    targets = ((sums.of_class - torch.outer(sums.counts, sums.mean)) / sums.deviation) @ vectors  # (classes, number)
+    means = sums.counts / sums.images  # of the labels: what is answered for the mean feature
+    targets = ((sums.of_class - torch.outer(sums.counts, sums.mean)) / sums.deviation) @ vectors  # (outputs, number)
     left_out = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:MOST_LEFT_OUT]
-    read, classes = sums.standardized(features[left_out]) @ vectors, labels[left_out]
-    truth, squares = one_hot(classes, len(shares)).double(), read.square()
+    read, own_labels = sums.standardized(features[left_out]) @ vectors, labels[left_out]
+    truth, squares = _targets(own_labels, len(means)), read.square()
     doubt = 1 / (len(left_out) + 1)  # as if the class of one more had been drawn by lot: no answer is quite certain
+    even = 0.5 if isinstance(objective, MultiLabel) else 0.0  # the answer whose logit is 0
     best: ClosedFormResult | None = None
     solution = targets
     for ridge in RIDGES:
         solved = targets / (values + ridge * sums.images)
-        own = squares @ (1 / (values + ridge * sums.images)) + 1 / sums.images
-        residuals = (truth - (read @ solved.T + shares)) / (1 - own).clamp_min(1e-9).unsqueeze(1)
+        weighs = squares @ (1 / (values + ridge * sums.images)) + 1 / sums.images
+        residuals = (truth - (read @ solved.T + means)) / (1 - weighs).clamp_min(1e-9).unsqueeze(1)
         answers = truth - residuals
-        losses = [cross_entropy(answers * each, classes, label_smoothing=doubt).item() for each in TEMPERATURES]
-        loss, temperature = min(zip(losses, TEMPERATURES, strict=True))
-        accuracy = (answers.argmax(dim=1) == classes).double().mean().item()
-        if best is None or (-accuracy, loss) < (-best.loo_accuracy, best.loo_loss):
-            best = ClosedFormResult(ridge, temperature, accuracy, loss, sums.images, 0.0)
+        factors = (1.0,) if isinstance(objective, Regression) else TEMPERATURES
+        losses = [objective.loss((answers - even) * f, own_labels, label_smoothing=doubt).item() for f in factors]
+        loss, temperature = min(zip(losses, factors, strict=True))
+        score = _score(objective, answers, truth)
+        if best is None or (-score, loss) < (-best.loo_score, best.loo_loss):
+            best = ClosedFormResult(ridge, temperature, score, loss, sums.images, 0.0)
             solution = solved * temperature
     assert best is not None
     weight = (solution @ vectors.T) / sums.deviation
     head.weight.copy_(weight)
-    head.bias.copy_(shares * best.temperature - weight @ sums.mean)
+    head.bias.copy_((means - even) * best.temperature - weight @ sums.mean)
     return best
+
+
+def _targets(labels: Tensor, outputs: int) -> Tensor:
+    """What is regressed, (images, outputs)."""
+    return labels.double() if labels.is_floating_point() else one_hot(labels, outputs).double()
+
+
+def _score(objective: Objective, answers: Tensor, truth: Tensor) -> float:
+    """How good answers are; more is better."""
+    if isinstance(objective, Regression):
+        spread = (truth - truth.mean(dim=0)).square().sum(dim=0)
+        return (1 - (answers - truth).square().sum(dim=0) / spread.clamp_min(1e-30)).mean().item()
+    if isinstance(objective, MultiLabel):
+        return ((answers >= 0.5) == (truth >= 0.5)).double().mean().item()
+    return (answers.argmax(dim=1) == truth.argmax(dim=1)).double().mean().item()

@@ -128,7 +128,7 @@ def test_every_entry_point_goes_by_names(kind, tmp_path):
     assert found == pytest.approx(scores)
 
     alone = model()
-    assert memtune.fit_closed_form(alone, other, QUIET).loo_accuracy > 0.9
+    assert memtune.fit_closed_form(alone, other, QUIET).loo_score > 0.9
     assert memtune.evaluate(alone, sorted_order)["accuracy"] == 1
 
     tuned = model()

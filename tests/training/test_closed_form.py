@@ -3,13 +3,14 @@
 import pytest
 import torch
 from backbone_zoo import BY_NAME
-from torch.nn.functional import cross_entropy, layer_norm, one_hot
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, layer_norm, one_hot
 
 import memtune
 from memtune import MemoryConfig, RandomFeatures, TrainingConfig
 from memtune.continual.protocol import ContinualTask, fit_continual
 from memtune.errors import CheckpointError, ConfigError, InputError
-from memtune.training.closed_form import RIDGES, FeatureSums, solve_head
+from memtune.tasks import find_objective
+from memtune.training.closed_form import RIDGES, TEMPERATURES, FeatureSums, solve_head
 
 ALONE = MemoryConfig(tokens=0, class_token=False)
 QUIET = TrainingConfig(disable_tqdm=True, per_device_train_batch_size=7, per_device_eval_batch_size=7)
@@ -62,7 +63,7 @@ def test_it_is_the_ridge_regression_that_leave_one_out_prefers(images, width):
     head = torch.nn.Linear(width, CLASSES)
     sums = FeatureSums(head)
     sums.add(features, labels, products=images > width)
-    result = solve_head(head, sums, features, labels)
+    result = solve_head(head, sums, features, labels, find_objective(None))
 
     read = features.double() - features.double().mean(dim=0)
     read = read / torch.where(read.std(dim=0) > 0, read.std(dim=0, correction=0), 1.0)
@@ -75,7 +76,7 @@ def test_it_is_the_ridge_regression_that_leave_one_out_prefers(images, width):
         answers = torch.stack(answers)
         scores.append(((answers.argmax(dim=1) == labels).double().mean().item(), ridge, answers))
     best = max(accuracy for accuracy, *_ in scores)
-    assert result.loo_accuracy == pytest.approx(best)
+    assert result.loo_score == pytest.approx(best)
     chosen = next(answers for _, ridge, answers in scores if ridge == result.ridge)
     expected = cross_entropy(chosen * result.temperature, labels, label_smoothing=1 / (images + 1)).item()
     assert result.loo_loss == pytest.approx(expected, abs=1e-5)
@@ -85,14 +86,56 @@ def test_it_is_the_ridge_regression_that_leave_one_out_prefers(images, width):
     )
 
 
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_several_classes_and_numbers_by_leave_one_out(problem_type):
+    images, width, outputs = 30, 8, 2
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(images, width, generator=generator)
+    truth = features[:, :outputs] + 0.5 * torch.randn(images, outputs, generator=generator)
+    labels = (truth > 0).float() if problem_type == "multi_label_classification" else truth * 3 + 2
+    head = torch.nn.Linear(width, outputs)
+    sums = FeatureSums(head)
+    sums.add(features[:11], labels[:11])
+    sums.add(features[11:], labels[11:])
+    result = solve_head(head, sums, features, labels, find_objective(problem_type))
+
+    def solved(ridge, left_out=None):
+        kept = torch.tensor([image for image in range(images) if image != left_out])
+        design = torch.cat([read, torch.ones(images, 1, dtype=torch.float64)], dim=1)[kept]
+        penalty = torch.eye(width + 1, dtype=torch.float64) * ridge * images
+        penalty[-1, -1] = 0
+        return torch.linalg.solve(design.T @ design + penalty, design.T @ labels[kept].double())
+
+    read = features.double() - features.double().mean(dim=0)
+    read = read / read.std(dim=0, correction=0)
+    whole = torch.cat([read, torch.ones(images, 1, dtype=torch.float64)], dim=1)
+    found = []
+    for ridge in RIDGES:
+        answers = torch.stack([whole[image] @ solved(ridge, image) for image in range(images)])
+        if problem_type == "regression":
+            errors, spread = (answers - labels).square(), (labels - labels.mean(dim=0)).double().square()
+            found.append((-(1 - errors.sum(dim=0) / spread.sum(dim=0)).mean().item(), errors.mean().item(), ridge, 1.0))
+            continue
+        right = ((answers >= 0.5) == (labels >= 0.5)).double().mean().item()
+        smoothed = labels.double() * (1 - 1 / (images + 1)) + 0.5 / (images + 1)
+        losses = {t: binary_cross_entropy_with_logits((answers - 0.5) * t, smoothed).item() for t in TEMPERATURES}
+        factor = min(losses, key=losses.__getitem__)
+        found.append((-right, losses[factor], ridge, factor))
+    score, loss, ridge, factor = min(found)
+    assert (result.loo_score, result.loo_loss) == (pytest.approx(-score), pytest.approx(loss, abs=1e-5))
+    assert (result.ridge, result.temperature) == (ridge, pytest.approx(factor))
+    even = 0.0 if problem_type == "regression" else 0.5
+    torch.testing.assert_close(head(features), ((whole @ solved(ridge) - even) * factor).float(), atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("head", ["linear", RandomFeatures(40, seed=3)], ids=["linear", "random features"])
 def test_it_learns_saves_and_shares_a_pass(head, tmp_path):
     model = head_alone(head=head)
     before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     result = memtune.fit_closed_form(model, Stripes(120), QUIET)
     assert result.images == 120
-    assert result.loo_accuracy > 0.6
-    assert abs(memtune.evaluate(model, Stripes(150, first=500), QUIET)["accuracy"] - result.loo_accuracy) < 0.15
+    assert result.loo_score > 0.6
+    assert abs(memtune.evaluate(model, Stripes(150, first=500), QUIET)["accuracy"] - result.loo_score) < 0.15
     assert all(torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items())
 
     model.save_pretrained(tmp_path)
@@ -133,7 +176,7 @@ def test_masked_tasks_get_one_as_well(tmp_path):
     model = memtune.wrap(VIT.build(), MemoryConfig(2), num_labels=CLASSES, masked=True)
     memory = {name: value.clone() for name, value in model.task.tensors().items() if "memory" in name}
     assert memory
-    assert memtune.fit_closed_form(model, Stripes(90), QUIET).loo_accuracy > 0.5
+    assert memtune.fit_closed_form(model, Stripes(90), QUIET).loo_score > 0.5
     assert all(torch.equal(value, memory[name]) for name, value in model.task.tensors().items() if name in memory)
 
 

@@ -245,10 +245,20 @@ def test_settings_that_mean_nothing(problem_type: str, settings: Any, message: s
         memtune.fit(wrapped(problem_type), data, data, TrainingConfig(**FAST, **settings))
 
 
+@pytest.mark.parametrize("problem_type", [MULTI, NUMBERS])
+def test_a_head_in_closed_form(problem_type: str) -> None:
+    data = colours() if problem_type == MULTI else brightness()
+    model = wrapped(problem_type, "head")
+    before = memtune.evaluate(model, data)["loss"]
+    result = memtune.fit_closed_form(model, data)
+    scores = memtune.evaluate(model, data)
+    assert scores["loss"] < 0.7 * before
+    assert result.loo_score > 0.7
+    assert result.images == len(data)
+
+
 def test_what_needs_one_class_says_so() -> None:
     model, data = wrapped(MULTI), colours(8)
-    with pytest.raises(ConfigError, match="fit_closed_form: got a task of multi_label_classification"):
-        memtune.fit_closed_form(model, data)
     with pytest.raises(ConfigError, match="for a task of multi_label_classification, which is of all classes"):
         memtune.evaluate(model, data, classes=[0])
     with pytest.raises(ConfigError, match="problem_type: got 'several', expected one of"):
