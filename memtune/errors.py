@@ -2,7 +2,14 @@
 
 
 class MemtuneError(Exception):
-    """Base of every error that memtune raises on purpose."""
+    """Base of every error that memtune raises on purpose.
+
+    Example:
+        >>> try:
+        ...     memtune.load("nowhere/at-all-adapter")
+        ... except memtune.MemtuneError as error:
+        ...     told = str(error)
+    """
 
 
 class ConfigError(MemtuneError, ValueError):

@@ -85,6 +85,11 @@ def evaluate(
     `mae` and `loss`. Each image counts exactly once, on any number of devices; those labelled -100, and those that are
     skipped, do not.
 
+    Example:
+        >>> scores = memtune.evaluate(memtune.load("pets-lora"), eval_dataset)
+        >>> sorted(scores)
+        ['accuracy', 'loss']
+
     Args:
         model: The model.
         dataset: The images and labels; of a model of many tasks a data set for each task, by its name.

@@ -128,6 +128,11 @@ def inspect_data(
     two parts (which makes what is measured there too good), labels that are no class, classes that a part has and
     training does not, and uneven or tiny classes are named.
 
+    Example:
+        >>> report = memtune.inspect_data(train_dataset)
+        >>> report.parts["train"].classes
+        {'cat': 6, 'dog': 6}
+
     Args:
         data: The data to train on (see `fit`); a folder, or a `DatasetDict`, has the other parts as well.
         validation: The data to evaluate on.

@@ -157,6 +157,10 @@ def explain(
 ) -> Explanation:
     """What a model attends to when it answers for an image.
 
+    Example:
+        >>> from PIL import Image
+        >>> memtune.explain(memtune.load("pets-lora"), Image.open("cat.jpg")).save("look.png")
+
     Args:
         model: The model; it stays as it is, and in its mode.
         image: A PIL image, which goes through the model's processor, or pixel values (1, channels, height, width).

@@ -19,6 +19,10 @@ from ..streams import Stream
 class AdapterConfig:
     """Settings of one method. Subclasses are frozen dataclasses that set `method` and add fields.
 
+    Example:
+        >>> memtune.MemoryConfig(tokens=2, blocks=[-1]).to_dict()["blocks"]  # the last block alone
+        [-1]
+
     Args:
         blocks: Indices of the blocks that the method changes, 0 for the first and -1 for the last; None for all.
     """
@@ -101,6 +105,11 @@ class Adapter(nn.Module, ABC, Generic[ConfigT]):
 
     A subclass sets `config_class`, creates its parameters in `__init__`, those of a block in `blocks`, an
     `nn.ModuleDict` by the block's index, and puts them to work in `attach`.
+
+    Example:
+        >>> model = memtune.wrap(backbone, memtune.MemoryConfig(4), labels=["cat", "dog"])
+        >>> [type(adapter).__name__ for adapter in model.task.adapters]
+        ['MemoryAdapter']
 
     Attributes:
         needs_attention_function: False if `attach` leaves a stream's sites alone in unmasked mode; the method then also

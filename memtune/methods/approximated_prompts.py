@@ -43,6 +43,9 @@ PROMPT_STD, TRANSFORM_STD = 0.02, 1.0
 class ApproximatedPromptConfig(AdapterConfig):
     """Settings of approximated prompts; the defaults give the parameter counts of the paper's tables.
 
+    Example:
+        >>> model = memtune.wrap(backbone, memtune.ApproximatedPromptConfig(), labels=["cat", "dog"])
+
     Args:
         n: Prompt tokens in each block.
         r: Rank of the transform A B.

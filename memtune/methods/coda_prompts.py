@@ -36,6 +36,10 @@ from .registry import register_method
 class CodaPromptConfig(AdapterConfig):
     """Settings of CODA prompts.
 
+    Example:
+        >>> config = memtune.CodaPromptConfig(pool_size=20, num_tasks=2)
+        >>> model = memtune.wrap(backbone, config, labels=["cat", "dog"])
+
     Args:
         pool_size: Prompts in each block's pool, M, over all tasks.
         prompt_length: Rows of a prompt, Lp; even, as half of them become keys and half values.

@@ -57,6 +57,10 @@ _NO_SETTING_IN_PEFT = {
 class LoraConfig(AdapterConfig):
     """Settings of LoRA; names, meanings and defaults are those of `peft.LoraConfig`.
 
+    Example:
+        >>> config = memtune.LoraConfig(r=8, lora_alpha=16)
+        >>> model = memtune.wrap(backbone, config, labels=["cat", "dog"])
+
     Args:
         r: The rank. None for 8 in unmasked mode, as in peft, and for 4 in masked mode.
         lora_alpha: The update is scaled by lora_alpha / r. 8, as in peft, whatever the rank is.

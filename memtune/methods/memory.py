@@ -33,6 +33,9 @@ from .registry import register_method
 class MemoryConfig(AdapterConfig):
     """Settings of learnable memory.
 
+    Example:
+        >>> model = memtune.wrap(backbone, memtune.MemoryConfig(tokens=4), labels=["cat", "dog"])
+
     Args:
         tokens: Memory tokens in each block, m (table 2: "cells"). 0 leaves the class token and the head to train.
         init_std: Standard deviation of the initial values, which are N(0, 0.02) in the paper.

@@ -25,6 +25,13 @@ _METHODS: dict[str, type[Adapter]] = {}
 def register_method(adapter_class: AdapterClass) -> AdapterClass:
     """Make a method known by the name that its configuration carries. Usable as a class decorator.
 
+    Example:
+        >>> class ScaleConfig(memtune.AdapterConfig):
+        ...     method = "scale"
+        >>> @memtune.register_method
+        ... class ScaleAdapter(memtune.Adapter):
+        ...     config_class = ScaleConfig
+
     Raises:
         ConfigError: Another class has that name, or the class is not an `Adapter` with a `config_class`.
     """

@@ -54,6 +54,10 @@ EPS = 1e-5
 class SideNetworkConfig(AdapterConfig):
     """Settings of the side network, for masked mode.
 
+    Example:
+        >>> configs = [memtune.MemoryConfig(4), memtune.SideNetworkConfig(width=32)]
+        >>> model = memtune.wrap(backbone, configs, labels=["cat", "dog"], masked=True)
+
     Args:
         width: Width of the state, r.
         mixing: "conv" for a convolution over the grid of patches in each block; "none" to leave each token to itself,

@@ -61,6 +61,12 @@ def merge_adapters(
     In masked mode the class token becomes t + sum_i w_i (t_i - t), t being the backbone's, or where it has none the
     mean of the tasks' own.
 
+    Example:
+        >>> from memtune.arithmetic import merge_adapters
+        >>> merged = merge_adapters(["pets-lora", "birds-lora"], head="concat", how="cat")
+        >>> merged.task.labels
+        ['cat', 'dog', 'wren', 'robin']
+
     Args:
         adapters: Folders, ids on the Hub, or tuned models, each with LoRA as its only method, all in the same mode and
             with the same roles and blocks.

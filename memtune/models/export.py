@@ -43,6 +43,12 @@ def export_program(
     feature that a head would read; and for each task its logits, (batch, classes), by its name (`logits` for a tuned
     model). The model stays as it is; what is trained or added later does not reach the program.
 
+    Example:
+        >>> from memtune.export import export_program
+        >>> program = export_program(memtune.load("pets-lora"))
+        >>> program.module()(pixel_values)["logits"].shape
+        torch.Size([4, 2])
+
     Args:
         model: The model.
         tasks: The tasks of a multi-task model to answer; None for all of them.

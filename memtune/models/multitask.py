@@ -86,6 +86,11 @@ class MultiTaskModel(SharedModel):
 
     Made by `combine`. Calls may come from several threads, also while tasks are added and removed.
 
+    Example:
+        >>> both = memtune.combine(backbone, {"pets": "pets-lora", "birds": "birds-lora"})
+        >>> both.save_pretrained("both")
+        >>> both = memtune.MultiTaskModel.from_pretrained("both", backbone)
+
     Attributes:
         backbone: The backbone; its own forward is never changed.
         arrangement: What a pass runs; replaced as a whole when tasks come or go, so that one under way keeps its own.
@@ -451,6 +456,11 @@ def combine(
     backbone: PreTrainedModel | nn.Module, tasks: Mapping[str, TaskSource], *, any_weights: bool = False
 ) -> MultiTaskModel:
     """Put adapters that were trained apart, on the same backbone, into one model.
+
+    Example:
+        >>> both = memtune.combine(backbone, {"pets": "pets-lora", "signs": "me/vit-signs-memory"})
+        >>> sorted(both(pixel_values))
+        ['pets', 'signs']
 
     Args:
         backbone: The backbone that all of them were trained on, one of transformers' or timm's.

@@ -42,6 +42,11 @@ def pipeline(
     For a tuned model it gives for each image a list of {"label", "score"}, the best first; for a model of many tasks a
     dictionary of such lists by task, all of them from one pass.
 
+    Example:
+        >>> classify = memtune.pipeline(memtune.load("pets-lora"))
+        >>> len(classify("cat.jpg"))
+        2
+
     Args:
         model: The model; it is put in evaluation mode.
         image_processor: The image processor; by default the one that the model's tasks brought along.

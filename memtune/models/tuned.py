@@ -85,6 +85,11 @@ class TunedModel(SharedModel):
 
     `state_dict()` and the trainable parameters are the task's alone. `train()` leaves the backbone in evaluation mode.
 
+    Example:
+        >>> model = memtune.load("pets-lora")
+        >>> model.predict("cat.jpg", top_k=1)[0]["label"] in ("cat", "dog")
+        True
+
     Attributes:
         backbone: The model that was wrapped; its own forward is never changed.
         task: The parameters of the task and its labels.

@@ -34,6 +34,11 @@ def wrap(
 
     The backbone's parameters are frozen; nothing else of it changes, and it can be wrapped again for another task.
 
+    Example:
+        >>> model = memtune.wrap(backbone, memtune.MemoryConfig(4), labels=["cat", "dog"], processor=processor)
+        >>> model(pixel_values).logits.shape
+        torch.Size([4, 2])
+
     Args:
         backbone: A transformers vision model, with or without a head of its own; or a timm model, which then lies in
             transformers' wrapper as the `backbone` of what is given back.

@@ -132,6 +132,9 @@ _OPTIONAL |= {"early_stopping_patience", "trunk_cache", "trunk_cache_max_gb", *R
 class TrainingConfig:
     """Settings of `fit`; names and meanings are those of `transformers.TrainingArguments` where it has them.
 
+    Example:
+        >>> config = memtune.TrainingConfig(num_train_epochs=20, mixed_precision="bf16", output_dir="pets-run")
+
     Args:
         num_train_epochs: Passes over the training images; a fraction is allowed.
         max_steps: Steps of the optimizer in place of epochs; -1 for epochs.

@@ -61,6 +61,20 @@ def sweep(
     Trials are chosen among by their accuracy on images that are held out, and all have the seed `training.seed`. With
     `training.trunk_cache`, in masked mode, the trunk is computed once for all of them.
 
+    Example:
+        >>> result = memtune.sweep(
+        ...     backbone,
+        ...     memtune.MemoryConfig(4),
+        ...     {"learning_rate": [1e-3, 1e-2]},
+        ...     train_dataset,
+        ...     output_dir="search",
+        ...     training=memtune.TrainingConfig(max_steps=2, disable_tqdm=True),
+        ...     n_trials=2,
+        ...     seeds=(),
+        ...     processor=processor,
+        ... )
+        >>> best = result.best.values
+
     Args:
         backbone: The model; it is as it was afterwards.
         config: The method's settings, or one for each of several methods, as `wrap` takes them.

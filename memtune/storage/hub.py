@@ -212,6 +212,10 @@ def list_adapters(
 ) -> list[ModelInfo]:
     """The memtune adapters on the Hub for a backbone, by their cards.
 
+    Example:
+        >>> from memtune.hub import list_adapters
+        >>> found = list_adapters("google/vit-base-patch16-224-in21k")
+
     Args:
         backbone: The backbone's name on the Hub, or the backbone loaded from there.
         author: Only those of a user or an organization.

@@ -23,6 +23,12 @@ class RandomFeatures:
     Classes that no plane separates in f are often separated there. norm(f) has mean 0 and variance 1 over the values of
     each feature; R (backbone's width, `width`) is drawn from N(0, 1 / backbone's width) by the seed, and not saved.
 
+    Example:
+        >>> alone = memtune.MemoryConfig(tokens=0, class_token=False)
+        >>> head = memtune.RandomFeatures(width=500)
+        >>> model = memtune.wrap(backbone, alone, labels=["cat", "dog"], head=head, processor=processor)
+        >>> result = memtune.fit_closed_form(model, train_dataset)
+
     Args:
         width: Number of random features.
         seed: What they are drawn from.

@@ -145,6 +145,12 @@ def fit_closed_form(model: TunedModel, train_dataset: Any, config: TrainingConfi
     costs a combined pass nothing: `wrap(backbone, MemoryConfig(tokens=0, class_token=False), labels=...)`. With
     `wrap(..., head=memtune.RandomFeatures())` it is RanPAC's.
 
+    Example:
+        >>> alone = memtune.MemoryConfig(tokens=0, class_token=False)
+        >>> model = memtune.wrap(backbone, alone, labels=["cat", "dog"], processor=processor)
+        >>> memtune.fit_closed_form(model, train_dataset).images
+        12
+
     Args:
         model: The model, masked or not; it is left in evaluation mode.
         train_dataset: Images and labels, as for `fit`; at least two images.

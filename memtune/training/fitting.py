@@ -42,6 +42,13 @@ def fit(
 ) -> TrainingResult:
     """Train a model's adapter.
 
+    Example:
+        >>> model = memtune.wrap(backbone, memtune.MemoryConfig(4), labels=["cat", "dog"], processor=processor)
+        >>> config = memtune.TrainingConfig(num_train_epochs=2, disable_tqdm=True)
+        >>> result = memtune.fit(model, train_dataset, eval_dataset, config)
+        >>> result.steps
+        2
+
     Args:
         model: The model; it is left in evaluation mode, on the device it was trained on (with FSDP and with stage 3 of
             DeepSpeed's ZeRO where it was).

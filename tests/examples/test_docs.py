@@ -7,6 +7,7 @@ but what its code takes as given.
 
 from __future__ import annotations
 
+import doctest
 import os
 import re
 import shlex
@@ -27,7 +28,9 @@ from accelerate.commands.launch import launch_command_parser
 from docs_material import make_material, names, publish
 from hub_server import Hub
 
+import memtune
 from memtune.cli.parser import build_parser, main
+from memtune.methods import registry
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *ROOT.glob("adapters/README.md")]
@@ -143,6 +146,27 @@ def test_python_runs(page: Path, desk: Path, request: pytest.FixtureRequest) -> 
     namespace = names(int(width[1]) if width else None)
     for block in python(page):
         exec(compile("\n" * block.line + block.text, str(page), "exec"), namespace)
+
+
+def _documented() -> dict[str, object]:
+    """The public names that a docstring of their own explains, and those of the public modules."""
+    from memtune.arithmetic import merge_adapters
+    from memtune.export import export_program
+    from memtune.hub import list_adapters
+
+    named = {name: getattr(memtune, name) for name in memtune.__all__}
+    own = {name: value for name, value in named.items() if callable(value) and name != "load"}
+    return own | {"merge_adapters": merge_adapters, "export_program": export_program, "list_adapters": list_adapters}
+
+
+@pytest.mark.parametrize("name", _documented())
+def test_the_example_of_every_public_name(name: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    text = _documented()[name].__doc__ or ""
+    examples = doctest.DocTestParser().get_doctest(text, names(None), name, None, None)
+    assert examples.examples, f"{name} has no example"
+    said: list[str] = []
+    assert doctest.DocTestRunner().run(examples, out=said.append).failed == 0, "".join(said)
 
 
 def test_pieces_are_those_of_the_example() -> None:
