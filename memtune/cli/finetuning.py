@@ -201,9 +201,10 @@ def load_data(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     evaluation = next((splits[name] for name in ("validation", "test") if name in splits), None)
     train = splits["train"]
     label_column = find_columns(train, args.image_column_name, args.label_column_name)[1]
-    names = _names(train, label_column, args.problem_type)
+    problem_type = getattr(args, "problem_type", SingleLabel.problem_type)
+    names = _names(train, label_column, problem_type)
     if evaluation is None:
-        reader = make_reader(find_objective(args.problem_type), names, class_names(train, label_column))
+        reader = make_reader(find_objective(problem_type), names, class_names(train, label_column))
         labels = [reader(label, f"image {index}") for index, label in enumerate(train.with_format(None)[label_column])]
         places = held_out(labels, args.train_val_split, args.seed)
         evaluation = train.select(places)
