@@ -58,7 +58,7 @@ def make_reader(
     """
     if isinstance(objective, MultiLabel):
         return ClassesReader(labels, names)
-    return NumbersReader(labels) if isinstance(objective, Regression) else LabelReader(labels, names)
+    return NumbersReader(labels, names) if isinstance(objective, Regression) else LabelReader(labels, names)
 
 
 class LabelReader:
@@ -218,9 +218,18 @@ class NumbersReader:
 
     Args:
         labels: The model's labels, one for each number; None where there is no model yet.
+        names: The names of the data set's classes, if it has some.
+
+    Raises:
+        InputError: It has: then its labels are no numbers.
     """
 
-    def __init__(self, labels: Sequence[str] | None) -> None:
+    def __init__(self, labels: Sequence[str] | None, names: Sequence[str] | None = None) -> None:
+        if names is not None:
+            raise InputError(
+                f"the data set's labels are the classes {_few(names)}, expected numbers; to tell classes apart, leave "
+                "problem_type='regression' out"
+            )
         self._outputs = None if labels is None else len(labels)
 
     def __call__(self, label: Any, what: str) -> tuple[float, ...]:

@@ -215,6 +215,11 @@ def test_wrong_numbers_are_named(label: Any) -> None:
 
 
 def test_labels_of_another_kind_say_what_to_pass() -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    pets = datasets.Dataset.from_dict({"image": [picture([1, 0, 0], 0)], "label": [1]}, features=features)
+    for data in (pets, datasets.Dataset.from_dict({"image": pets["image"][:], "label": ["cat"]})):
+        with pytest.raises(InputError, match=r"labels are the classes .*'cat'.*, expected numbers"):
+            memtune.evaluate(wrapped(NUMBERS), data)
     model = memtune.wrap(VIT.build(), MemoryConfig(2), labels=COLOURS, processor=PROCESSOR)
     with pytest.raises(InputError, match="problem_type='regression'"):
         memtune.evaluate(model, brightness())
