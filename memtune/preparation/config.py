@@ -86,6 +86,7 @@ _RULES: dict[str, Rule] = {
     "max_grad_norm": _NOT_NEGATIVE,
     "label_smoothing_factor": _SHARE,
     "class_weights": ("a number, 0 or more, for each class, and not 0 for all; or 'balanced'", _weights),
+    "balanced_sampling": _FLAG,
     "ema_decay": _SHARE,
     "mixup_alpha": _NOT_NEGATIVE,
     "cutmix_alpha": _NOT_NEGATIVE,
@@ -157,6 +158,8 @@ class TrainingConfig:
         label_smoothing_factor: Share of the target that is spread over all classes; None for that of the mode.
         class_weights: Weights of the classes in the training loss, in the order of the labels; "balanced" for weights
             in inverse proportion to the images of each class; None for equal ones.
+        balanced_sampling: In training draw images of each class equally often, with replacement; an epoch has as many
+            as ever.
         mixup_alpha: Mix pairs of images, by shares from a beta distribution with this parameter (0.2 is usual; needs
             torchvision); 0 for none.
         cutmix_alpha: The same for rectangles of one image in another (1.0 is usual).
@@ -225,6 +228,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     label_smoothing_factor: float | None = None
     class_weights: Sequence[float] | Literal["balanced"] | None = None
+    balanced_sampling: bool = False
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
     random_horizontal_flip: float = 0.0

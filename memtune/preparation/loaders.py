@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,13 +15,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from ..backbones import Backbone
 from ..data import Augmentation, Changes, Collator, Items, Mixing, as_items, mixing
 from ..errors import ConfigError
 from ..models import TunedModel
-from ..tasks import check_images
+from ..tasks import IGNORED, check_images
 from ..trunk_cache import CacheSettings, cached_dataset
 from .config import TrainingConfig
 from .distribution import settle
@@ -129,6 +130,7 @@ def make_loader(
         augment: What changes the images; None for nothing, as always to evaluate.
     """
     items = make_items(model, dataset, config, augment)
+    sampler = None if order is None or not config.balanced_sampling else _balanced(items, order)
     collator: Any = Collator(len(model.task.labels), model.task.objective)
     if config.trunk_cache is not None:
         versions = 1 if augment is None else min(int(config.trunk_cache_versions), _epochs(items, config, accelerator))
@@ -138,7 +140,8 @@ def make_loader(
     return DataLoader(
         items,
         batch_size=config.per_device_eval_batch_size if order is None else config.per_device_train_batch_size,
-        shuffle=order is not None,
+        shuffle=order is not None and sampler is None,
+        sampler=sampler,
         generator=order,
         collate_fn=collator,
         num_workers=workers,
@@ -146,6 +149,14 @@ def make_loader(
         drop_last=config.dataloader_drop_last and order is not None,
         **more,
     )
+
+
+def _balanced(items: Items, order: torch.Generator) -> WeightedRandomSampler:
+    """What draws as many images of each class, with replacement, as many as there are in all."""
+    labels = items.labels()
+    counts = Counter(label for label in labels if label != IGNORED)
+    weights = [0.0 if label == IGNORED else 1 / counts[label] for label in labels]
+    return WeightedRandomSampler(weights, len(labels), generator=order)
 
 
 def make_items(model: TunedModel, dataset: Any, config: TrainingConfig, augment: Augmentation | None = None) -> Items:

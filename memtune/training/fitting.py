@@ -206,7 +206,10 @@ def _check_objective(objective: Objective, config: TrainingConfig, compute_metri
         return
     if config.mixup_alpha or config.cutmix_alpha:
         raise ConfigError(f"mixup_alpha, cutmix_alpha: not for {objective.problem_type}; leave them out")
-    if config.class_weights == "balanced":
-        raise ConfigError(f"class_weights: got 'balanced' for {objective.problem_type}; give a number for each class")
+    if config.class_weights == "balanced" or config.balanced_sampling:
+        raise ConfigError(
+            f"class_weights='balanced', balanced_sampling: not for {objective.problem_type}; give numbers as "
+            "class_weights, or leave them out"
+        )
     if isinstance(objective, Regression) and (config.label_smoothing_factor or config.class_weights is not None):
         raise ConfigError("label_smoothing_factor, class_weights: numbers have no classes; leave them out")

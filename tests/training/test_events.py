@@ -210,7 +210,7 @@ def test_balanced_classes() -> None:
     model = memtune.wrap(
         VIT.build(), MemoryConfig(2), labels=LABELS, processor=PROCESSOR, problem_type="multi_label_classification"
     )
-    with pytest.raises(ConfigError, match="class_weights: got 'balanced' for multi_label"):
+    with pytest.raises(ConfigError, match="class_weights='balanced', balanced_sampling: not for multi_label"):
         memtune.fit(model, rows, config=config)
 
 
@@ -279,3 +279,22 @@ def test_a_batch_size_that_fits() -> None:
         memtune.fit(wrapped(), data(), config=config, compute_loss_func=never)
     with pytest.raises(ConfigError, match="auto_find_batch_size: got it for a run that goes on"):
         memtune.fit(wrapped(), data(), config=config, resume_from_checkpoint=True)
+
+
+def test_classes_are_drawn_equally_often() -> None:
+    rows = data(60, weights=(8, 1, 1))
+    drawn: list[int] = []
+
+    def loss(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+        drawn.extend(labels.tolist())
+        return cross_entropy(outputs.logits, labels)
+
+    config = settings(balanced_sampling=True, num_train_epochs=10, per_device_train_batch_size=20, learning_rate=0.0)
+    memtune.fit(wrapped(), rows, config=config, compute_loss_func=loss)
+    counts = [drawn.count(label) for label in range(3)]
+    assert sum(counts) == 600
+    assert all(abs(count - 200) < 60 for count in counts)
+    assert drawn[:60] != drawn[60:120]
+    number = memtune.wrap(VIT.build(), MemoryConfig(2), num_labels=1, processor=PROCESSOR, problem_type="regression")
+    with pytest.raises(ConfigError, match="balanced_sampling: not for regression"):
+        memtune.fit(number, rows, config=config)
