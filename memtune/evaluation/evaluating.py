@@ -113,6 +113,7 @@ def evaluate(
         return _evaluate_tasks(model, dataset, config, classes, report=report)
     objective = model.task.objective
     model.task.require_head("evaluate")
+    model.require_adapter("evaluate")
     check_metrics(objective, report=report)
     if classes is not None and (report or not isinstance(objective, SingleLabel)):
         what = "a report" if report else f"a task of {objective.problem_type}"

@@ -308,6 +308,7 @@ class TunedModel(SharedModel):
         if tasks is not None:
             raise ConfigError(f"tasks: got {tasks!r}, but this model has one task")
         self.task.require_head("predict")
+        self.require_adapter("predict")
 
         @torch.no_grad()
         def classify(pixel_values: Tensor) -> dict[str, TaskScores]:
@@ -400,6 +401,11 @@ class TunedModel(SharedModel):
         finally:
             self._count(-1)
             _DISABLED.reset(before)
+
+    def require_adapter(self, what: str) -> None:
+        """Raise `ConfigError`, which names what needs it, within `disable_adapter()`, where labels mean nothing."""
+        if not self._active:
+            raise ConfigError(f"{what}: within disable_adapter() the answers are the backbone's own; leave that first")
 
     def _count(self, more: int) -> None:
         with _COUNTING:

@@ -179,6 +179,7 @@ def _check(model: TunedModel, config: TrainingConfig, eval_dataset: Any, resume:
             "eval_strategy='no' out"
         )
     model.task.require_head("fit")
+    model.require_adapter("fit")
     classes = len(model.task.labels)
     weights = config.class_weights
     if weights is not None and weights != "balanced" and len(weights) != classes:

@@ -235,3 +235,15 @@ def test_the_command_refuses_in_one_line(photos: Path, saved: Path, capsys: pyte
     ):
         assert main(["predict", str(photos), "--adapter", str(saved / "both"), *more]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_without_the_adapter_there_are_no_such_labels(models: dict[str, Any], photos: Path) -> None:
+    model = models["one"]
+    with model.disable_adapter():
+        for ask in (
+            lambda: model.predict(photos),
+            lambda: memtune.evaluate(model, []),
+            lambda: memtune.fit(model, []),
+        ):
+            with pytest.raises(ConfigError, match=r"within disable_adapter\(\) the answers are the backbone's own"):
+                ask()
