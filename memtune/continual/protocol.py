@@ -142,7 +142,7 @@ def fit_continual(
         raise ConfigError(f"solver: got {solver!r}, expected 'gradient' or 'closed_form'")
     head = model.task.require_head("fit_continual")
     if not isinstance(model.task.objective, SingleLabel):
-        raise ConfigError(f"model: got a task of {model.task.objective.problem_type}, expected one class an image")
+        raise ConfigError(f"model: got a task of {model.task.problem_type}, expected one class an image")
     sums = FeatureSums(head) if solver == "closed_form" else None
     _check_classes(tasks, len(model.task.labels))
     tasks = [_checked(task, model, config) for task in tasks]

@@ -100,10 +100,8 @@ def merge_adapters(
     described = Backbone(model)
     tasks, processors = _read(given, described)
     config = _check_same(tasks, described, how)
-    if other := [each.objective.problem_type for each in tasks if each.objective is not tasks[0].objective]:
-        raise ConfigError(
-            f"adapters: got the problem types {tasks[0].objective.problem_type!r} and {other[0]!r}, expected one"
-        )
+    if len(kinds := {each.problem_type for each in tasks}) > 1:
+        raise ConfigError(f"adapters: got the problem types {sorted(kinds)}, expected one")
     labels, head_weight, head_bias = _merge_heads(tasks, factors, head)
     options = {"density": density, "svd_rank": svd_rank, "majority_sign_method": majority_sign_method}
     tensors, rank = _merge_updates(tasks, factors, how, seed, options)
@@ -111,7 +109,7 @@ def merge_adapters(
     if tasks[0].masked:
         tensors["class_token"] = _merge_tokens(tasks, factors, described)
     settings = LoraConfig(rank, rank, config.roles, config.lora_dropout, blocks=config.blocks)  # scaled by 1
-    task = Task([settings], labels, described, tasks[0].masked, problem_type=tasks[0].objective.problem_type)
+    task = Task([settings], labels, described, tasks[0].masked, problem_type=tasks[0].problem_type)
     task.load_tensors(tensors)
     processor = next((each for each in processors if each is not None), None)
     return TunedModel(model, task, processor=processor).eval()

@@ -110,7 +110,7 @@ class TunedModel(SharedModel):
         self.config: Any = copy.deepcopy(backbone.config)
         if not task.backbone_head:
             self.config.id2label = dict(enumerate(task.labels))
-            self.config.problem_type = task.objective.problem_type  # whatever the backbone's own head was for
+            self.config.problem_type = task.problem_type  # whatever the backbone's own head was for
             self.config.label2id = {label: index for index, label in enumerate(task.labels)}
         self._recompute: dict[str, Any] | None = None
         self._enabled = True

@@ -176,7 +176,7 @@ def describe_adapter(task: Task, model: PreTrainedModel, processor: Any, name: s
         },
     }
     if not isinstance(task.objective, SingleLabel):
-        config["problem_type"] = task.objective.problem_type
+        config["problem_type"] = task.problem_type
     if task.random_features is not None:
         config["random_features"] = task.random_features.to_dict()
     if task.image_size is not None:

@@ -74,7 +74,7 @@ def no_head_message(model: PreTrainedModel) -> str:
 def _set_labels(model: Any, task: Task) -> None:
     model.config.id2label = dict(enumerate(task.labels))
     model.config.label2id = {label: index for index, label in enumerate(task.labels)}
-    model.config.problem_type = task.objective.problem_type
+    model.config.problem_type = task.problem_type
     model.num_labels = len(task.labels)
 
 

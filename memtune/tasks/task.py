@@ -15,7 +15,7 @@ from ..errors import CheckpointError, ConfigError, UnsupportedBackboneError
 from ..methods import Adapter, AdapterConfig, create_adapter, find_method
 from .checks import misfits
 from .heads import HEAD_STD, RandomFeatureHead, RandomFeatures, create_head
-from .objectives import find_objective
+from .objectives import OBJECTIVES, Objective, find_objective
 
 
 class Task(nn.Module):
@@ -24,7 +24,7 @@ class Task(nn.Module):
     Attributes:
         adapters: One adapter for each method.
         labels: Names of the classes, or of the numbers that it gives; none if the task has no head.
-        objective: What its labels are, and how answers are measured by them.
+        problem_type: What its labels are, by transformers' name.
         has_token: Whether a token of the task's own, or the backbone's, reads the images for the head; if not, a method
             makes the feature.
         head: What makes logits of features, or None.
@@ -68,7 +68,7 @@ class Task(nn.Module):
         self.image_size: tuple[int, int] | None = None
         self.extends = dict(extends or {})  # no submodules: they are other tasks' to train, save and count
         self.labels = list(labels)
-        self.objective = find_objective(problem_type)
+        self.problem_type = find_objective(problem_type).problem_type
         self.masked = masked
         adapters = nn.ModuleList(create_adapter(config.for_mode(masked), backbone) for config in configs)
         self.adapters = cast("Sequence[Adapter]", adapters)
@@ -89,6 +89,11 @@ class Task(nn.Module):
         if own is not None and (self.masked or any(config.trains_class_token() for config in configs)):
             return nn.Parameter(own.detach().clone().float())
         return nn.Parameter(torch.randn(1, 1, backbone.width) * HEAD_STD) if self.masked else None
+
+    @property
+    def objective(self) -> Objective:
+        """What its labels are, and how answers are measured by them."""
+        return OBJECTIVES[self.problem_type]
 
     @property
     def configs(self) -> list[AdapterConfig]:
@@ -163,7 +168,7 @@ class Task(nn.Module):
         methods = " + ".join(name for name, adapter in trained if any(True for _ in adapter.parameters()))
         shown = ", ".join(self.labels[:4]) + (", ..." if len(self.labels) > 4 else "")
         kinds = {"regression": "numbers", "multi_label_classification": "classes, any of them"}
-        kind = kinds.get(self.objective.problem_type, "classes")
+        kind = kinds.get(self.problem_type, "classes")
         what = f"{len(self.labels)} {kind} ({shown})" if self.labels else "features"
         size = f", at {self.image_size[0]} x {self.image_size[1]} px" if self.image_size else ""
         return f"{methods or 'head alone'}, {'masked' if self.masked else 'unmasked'}: {what}{size}"

@@ -48,7 +48,7 @@ def describe_run(model: TunedModel, config: TrainingConfig, **more: Any) -> dict
         **more,
     }
     if not isinstance(task.objective, SingleLabel):
-        values["problem_type"] = task.objective.problem_type
+        values["problem_type"] = task.problem_type
     if task.random_features is not None:
         values["random_features"] = task.random_features.to_dict()
     return json.loads(json.dumps(values))

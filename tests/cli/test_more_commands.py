@@ -1,4 +1,4 @@
-"""`memtune merge`, `export`, `explain` and `cache`."""
+"""`memtune merge`, `export`, `explain`, `cache`, `sweep` and `continual`."""
 
 from __future__ import annotations
 
@@ -159,3 +159,60 @@ def test_what_is_no_cache_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["cache", "ls", str(tmp_path / "nothing")]) == 1
     assert "expected the folder of a trunk cache" in capsys.readouterr().err
     assert (tmp_path / "photo.jpg").is_file()
+
+
+def photos(folder: Path, classes: list[str], count: int) -> Path:
+    """A folder for each class, each in a shade of its own."""
+    random = np.random.default_rng(0)
+    for place, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = random.integers(0, 60, (32, 32, 3)) + 190 // len(classes) * place
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained_on(desk: Path) -> Path:
+    """The desk, whose backbone has a processor, with images of four classes in two parts."""
+    PROCESSOR.save_pretrained(desk / "backbone")
+    for part, count in (("train", 5), ("test", 2)):
+        photos(desk / "shades" / part, ["black", "dark", "light", "white"], count)
+    return desk
+
+
+def test_sweep(trained_on: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["sweep", "--model_name_or_path", str(trained_on / "backbone"), "--train_dir"]
+    given += [str(trained_on / "shades" / "train"), "--test_dir", str(trained_on / "shades" / "test"), "--masked"]
+    given += ["--search", "learning_rate=log:1e-3:1e-1", "memory.tokens=1,2", "weight_decay=0:1", "--n_trials", "2"]
+    given += ["--seeds", "0", "--max_steps", "1", "--output_dir", str(tmp_path / "search"), "--disable_tqdm", "--cpu"]
+    assert main([*given, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert len(values["trials"]) == 2
+    assert len(values["finals"]) == 1
+    assert main(given) == 0  # nothing is left to do
+    assert "test:" in capsys.readouterr().out
+    assert main([*given, "--method_config", "[1]"]) == 1
+    assert "--method_config: got [1]" in capsys.readouterr().err
+    for wrong in ("learning_rate", "learning_rate=log:1", "=1,2"):
+        with pytest.raises(SystemExit, match="2"):
+            main([*given, "--search", wrong])
+        assert "expected NAME=LOW:HIGH or NAME=A,B,C" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["closed_form", "memory", "head"])
+def test_continual(trained_on: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str) -> None:
+    given = ["continual", "--model_name_or_path", str(trained_on / "backbone"), "--data_dir"]
+    given += [str(trained_on / "shades"), "--method", method, "--tasks", "2", "--output_dir", str(tmp_path / "run")]
+    given += ["--max_steps", "2", "--disable_tqdm", "--cpu"]
+    more = ["--random_features", "50"] if method == "closed_form" else []
+    assert main([*given, *more, "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    summary = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert {name: summary[name] for name in scores} == scores
+    assert summary["command"].startswith("memtune continual")
+    assert (tmp_path / "run" / "accuracy.png").is_file()
+    assert main([*given, *more]) == 0  # what is there is taken
+    assert "%" in capsys.readouterr().out
+    assert main([*given, "--method", "full", "--masked"]) == 1
+    assert "--method full: it trains the backbone" in capsys.readouterr().err

@@ -165,7 +165,10 @@ def test_exported_for_peft(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head": None, "labels": ["cat"]}, "head=None: the model gives features; labels, num_labels and extends need"),
+        (
+            {"head": None, "labels": ["cat"]},
+            "head=None: the model gives features; labels, num_labels, extends and problem_type need",
+        ),
         ({"head": None, "num_labels": 2}, "head=None"),
         ({"head": "mlp", "num_labels": 2}, "head: got 'mlp', expected 'linear', RandomFeatures"),
         ({}, "num_labels: got None"),

@@ -17,6 +17,7 @@ from transformers import ViTForImageClassification, ViTImageProcessorPil
 
 import memtune
 from memtune import LoraConfig, MemoryConfig, SideNetworkConfig, TrainingConfig
+from memtune.arithmetic import merge_adapters
 from memtune.cli.parser import main
 from memtune.errors import CheckpointError, ConfigError, InputError
 from memtune.tasks import find_objective
@@ -311,7 +312,7 @@ def test_a_folder_a_pass_and_every_answer(problem_type: str, tmp_path: Path) -> 
                 parameter.normal_()
     own.save_pretrained(tmp_path / "own", results={"f1": 0.5})
     loaded = memtune.load(tmp_path / "own", backbone)
-    assert loaded.config.problem_type == loaded.task.objective.problem_type == problem_type
+    assert loaded.config.problem_type == loaded.task.problem_type == problem_type
     text = (tmp_path / "own" / "README.md").read_text()
     assert "one of these classes" not in text
     assert 'model.predict("image.jpg")' in text
@@ -408,3 +409,13 @@ def test_from_the_command_line(problem_type: str, tmp_path: Path, capsys: pytest
 
 def load(folder: Path) -> datasets.Dataset:
     return memtune.data.load_folder(folder)
+
+
+def test_adapters_of_several_kinds_are_not_merged() -> None:
+    backbone = VIT.build()
+    one = memtune.wrap(backbone, LoraConfig(r=2), labels=["a", "b"])
+    other = memtune.wrap(backbone, LoraConfig(r=2), labels=["a", "b"], problem_type=MULTI)
+    with pytest.raises(ConfigError, match=r"got the problem types .*multi_label.*, expected one"):
+        merge_adapters([one, other], head=0)
+    merged = merge_adapters([other, other], head="mean")
+    assert merged.task.problem_type == MULTI
