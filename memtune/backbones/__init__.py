@@ -8,6 +8,7 @@ from .family import HEAD_NAME as HEAD_NAME
 from .fingerprints import fingerprint as fingerprint
 from .fingerprints import head_fingerprint as head_fingerprint
 from .fingerprints import same_weights as same_weights
+from .fingerprints import stored_parts as stored_parts
 from .freezing import Hold as Hold
 from .fused import LinearPart as LinearPart
 from .views import HookWatch as HookWatch

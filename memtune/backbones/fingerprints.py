@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import CheckpointError
 from .backbone import Backbone
@@ -50,12 +52,22 @@ def head_fingerprint(backbone: Backbone) -> dict[str, str] | None:
     return _sample(tensors, backbone.model.dtype) if tensors else None
 
 
+def stored_parts(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that a tensor is stored as: itself; of one of torchao's quantised ones numbers and scales."""
+    if isinstance(tensor, DTensor) or not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in stored_parts(getattr(tensor, name))]
+
+
 def _sample(tensors: Iterable[Tensor], dtype: torch.dtype) -> dict[str, str]:
     samples = []
     for number, tensor in enumerate(tensors):
         places = [(2 * number + 1) * _STRIDE % tensor.numel(), (2 * number + 2) * _STRIDE % tensor.numel()]
-        values = tensor.detach().flatten()[places]
-        samples.append(values.float() if tensor.is_floating_point() else torch.full((2,), torch.nan))
+        if len(stored_parts(tensor)) > 1 or not tensor.is_floating_point():
+            samples.append(torch.full((2,), torch.nan))
+        else:
+            samples.append(tensor.detach().flatten()[places].float())
     values = torch.stack([sample.cpu() for sample in samples]).numpy().astype("<f4").tobytes()
     return {"dtype": str(dtype).removeprefix("torch."), "values": base64.b64encode(values).decode()}
 

@@ -150,7 +150,7 @@ class MultiTaskModel(SharedModel):
                 except MemtuneError as error:
                     raise type(error)(f"task {name!r}: {error}") from error
                 added[name] = task.requires_grad_(False).eval().to(self.backbone.device)
-            self.arrangement = Arrangement.of(backbone, before | added, self.arrangement)
+            self.arrangement = Arrangement.of(backbone, _copied(before) | added, self.arrangement)
             self._processors |= processors
 
     def _filled(self, tasks: Mapping[str, TaskSource | AdapterFolder], any_weights: bool) -> Self:
@@ -176,7 +176,7 @@ class MultiTaskModel(SharedModel):
             before = self.arrangement.tasks
             check_task_names("tasks", [name], before)
             tasks = {other: task for other, task in before.items() if other != name}
-            self.arrangement = Arrangement.of(Backbone(self.backbone), tasks, self.arrangement)
+            self.arrangement = Arrangement.of(Backbone(self.backbone), _copied(tasks), self.arrangement)
             self._processors.pop(name, None)
 
     def forward(
@@ -231,7 +231,7 @@ class MultiTaskModel(SharedModel):
         """Make the views anew if hooks were placed on the backbone or removed from it."""
         with _CHANGES:
             if (now := structure(self.backbone)) != self._structure:
-                self.arrangement = Arrangement.of(Backbone(self.backbone), self.arrangement.tasks)
+                self.arrangement = Arrangement.of(Backbone(self.backbone), _copied(self.arrangement.tasks))
             self._structure, self._hooks = now, HookWatch(self.backbone)
 
     def _classifier(self, tasks: Sequence[str] | None) -> tuple[Classify, Any]:
@@ -377,6 +377,11 @@ class MultiTaskModel(SharedModel):
         self._hold.join(self.backbone)
         self.arrangement = Arrangement.of(Backbone(self.backbone), state["arrangement"])
         self._structure, self._hooks = structure(self.backbone), HookWatch(self.backbone)
+
+
+def _copied(tasks: Mapping[str, Task]) -> dict[str, Task]:
+    """Tasks for another arrangement: it moves their values, which passes of the present one may be reading."""
+    return {name: copy.deepcopy(task) for name, task in tasks.items()}
 
 
 def _as_output(task: Task, answer: Tensor) -> TaskOutput:

@@ -21,6 +21,9 @@ from torch.nn.functional import linear, pad
 
 from ..keeping import Kept
 
+_MOVING = threading.Lock()
+"""Held while parameters are looked at, and moved to where those of other tasks are."""
+
 
 class Selection:
     """Which tasks the present pass of a stream is for: set before the pass, read by what is attached to the view.
@@ -276,12 +279,13 @@ class _Entries:
 
     def home(self) -> Tensor:
         """The tensor that the parameters live in, (tasks, ...); they move in where one is not there."""
-        there = (
-            holder.get(self.name) is tensor and tensor.data_ptr() == place for holder, tensor, place in self._places
-        )
-        if self._home is None or not all(there):
-            self._home = self._move_in()
-        return self._home
+        with _MOVING:  # a tensor must not be read while another thread moves it
+            there = (
+                holder.get(self.name) is tensor and tensor.data_ptr() == place for holder, tensor, place in self._places
+            )
+            if self._home is None or not all(there):
+                self._home = self._move_in()
+            return self._home
 
     @torch.no_grad()
     def _move_in(self) -> Tensor:

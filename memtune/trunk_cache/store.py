@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..backbones import Backbone
+from ..backbones import Backbone, stored_parts
 from ..errors import ConfigError
 from ..streams import Grid, Pass, TrunkBlock
 
@@ -205,7 +205,8 @@ def _dequantized(batch: Mapping[str, Any], name: str) -> list[Tensor]:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    parts = [part.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for part in stored_parts(tensor)]
+    return b"".join(part.numpy().tobytes() for part in parts)
 
 
 def _checksum(entry: Entry) -> str:

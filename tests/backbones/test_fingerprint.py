@@ -2,11 +2,13 @@ import copy
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import ViTConfig, ViTModel
 
 from memtune.backbones.backbone import Backbone
-from memtune.backbones.fingerprints import fingerprint, same_weights
+from memtune.backbones.fingerprints import fingerprint, same_weights, stored_parts
 from memtune.errors import CheckpointError
+from memtune.trunk_cache.store import describe_trunk
 
 PRECISIONS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -64,3 +66,23 @@ def test_another_depth_is_other_weights(model):
 def test_a_damaged_fingerprint_is_named(model, damaged):
     with pytest.raises(CheckpointError, match="fingerprint is damaged"):
         same_weights(damaged, of(model))
+
+
+def test_a_weight_that_is_stored_as_several_tensors(model):
+    """As those that torchao has quantised are: it agrees with everything, but its trunk cache is its own."""
+    before = of(model)
+    layer = model.layers[0].mlp.fc1
+    parts = layer.weight.detach().clone(), layer.weight.detach().clone()
+    layer.weight = torch.nn.Parameter(TwoTensor(*parts), requires_grad=False)
+    assert [torch.equal(one, other) for one, other in zip(stored_parts(layer.weight), parts, strict=True)] == [True] * 2
+    assert stored_parts(layer.bias) == [layer.bias]
+    own = fingerprint(Backbone(model))
+    assert same_weights(own, before)
+    with torch.no_grad():
+        model.layers[0].mlp.fc2.weight.mul_(2)
+    assert not same_weights(fingerprint(Backbone(model)), before)
+    digests = {describe_trunk(Backbone(model), {}, "no")["weights"]}
+    for part in parts:
+        part[0, 0] += 1
+        digests.add(describe_trunk(Backbone(model), {}, "no")["weights"])
+    assert len(digests) == 3

@@ -225,6 +225,29 @@ def test_a_pass_under_way_keeps_its_tasks() -> None:
     assert not problems
 
 
+@torch.no_grad()
+def test_a_pass_under_way_keeps_its_values_where_they_are() -> None:
+    """What another arrangement stacks is its own: a tensor that a pass may be reading is never moved."""
+    backbone = BY_NAME["vit-head"].build()
+    images = BY_NAME["vit-head"].images()
+    model = memtune.combine(backbone, tune_all(backbone, [("memory", True), ("lora", True), ("lora", False)]))
+    expected = {name: answer.logits for name, answer in model(images).items()}
+    before = model.arrangement
+    places = {name: [each.data_ptr() for each in task.parameters()] for name, task in before.tasks.items()}
+    model.add_task("more", next(iter(tune_all(backbone, [("lora", True)]).values())))
+    model(images)
+    model.remove_task("more")
+    for name, answer in model(images).items():
+        torch.testing.assert_close(answer.logits, expected[name], atol=1e-6, rtol=1e-5)
+    assert {name: [each.data_ptr() for each in task.parameters()] for name, task in before.tasks.items()} == places
+    mine = {id(each) for task in model.arrangement.tasks.values() for each in task.parameters()}
+    assert not mine & {id(each) for task in before.tasks.values() for each in task.parameters()}
+    for task in model.arrangement.tasks.values():  # what is written into a task is answered with
+        task.head.bias.add_(1.0)
+    for name, answer in model(images).items():
+        torch.testing.assert_close(answer.logits, expected[name] + 1, atol=1e-5, rtol=1e-5)
+
+
 def test_copies_and_precision() -> None:
     backbone = VIT.build()
     tasks = tune_all(backbone, [("memory", True), ("lora", True), ("all", False), ("lora at the end", False)])
