@@ -17,6 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedBackboneError
 
+_PACKS = "support_avx512bf16_for_cpu"
+"""Whether a 4-bit layer of bitsandbytes packs its weight for a kernel of some CPUs through which no gradient goes."""
+
 
 def shadow(module: nn.Module, _known: dict[int, nn.Module] | None = None) -> nn.Module:
     """Make a view of `module` in evaluation mode.
@@ -50,6 +53,8 @@ def shadow(module: nn.Module, _known: dict[int, nn.Module] | None = None) -> nn.
         elif isinstance(value, MethodType) and value.__self__ is module:  # of the original, on which it would run
             view.__dict__[name] = MethodType(value.__func__, view)
     view.__dict__["training"] = False
+    if _PACKS in view.__dict__:
+        view.__dict__[_PACKS] = False
     view.__dict__.pop("_compiled_call_impl", None)  # of `module.compile()`: it would run the original
     children = {name: child and shadow(child, known) for name, child in module._modules.items()}
     view.__dict__["_modules"] = children

@@ -208,3 +208,11 @@ def test_hooks_placed_after_wrap_count_at_once_and_no_longer_than_they_stay(plac
         calls.clear()
         ask(images)
         assert not calls
+
+
+def test_a_layer_that_packs_its_weight_for_inference_does_not_in_a_view() -> None:
+    """bitsandbytes' 4-bit layers do on some CPUs; what is packed gives no gradient."""
+    layer = nn.Linear(2, 2)
+    layer.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
+    assert shadow(layer).support_avx512bf16_for_cpu is False
+    assert layer.support_avx512bf16_for_cpu is True
