@@ -15,6 +15,7 @@ import torch
 import yaml
 from backbone_zoo import BY_NAME
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn.functional import cross_entropy
 from transformers import ViTImageProcessorPil, get_scheduler
@@ -298,3 +299,12 @@ def test_classes_are_drawn_equally_often() -> None:
     number = memtune.wrap(VIT.build(), MemoryConfig(2), num_labels=1, processor=PROCESSOR, problem_type="regression")
     with pytest.raises(ConfigError, match="balanced_sampling: not for regression"):
         memtune.fit(number, rows, config=config)
+
+
+def test_a_checkpoint_has_the_values_alone(tmp_path: Path) -> None:
+    model = wrapped()
+    memtune.fit(model, data(), config=settings(num_train_epochs=1, output_dir=tmp_path))
+    (path,) = tmp_path.glob("checkpoint-*/model.safetensors")
+    saved = load_file(path)
+    assert saved.keys() == {f"task.{name}" for name in model.task.state_dict()}
+    assert "adapter_config" in model.state_dict()  # as Trainer saves it
