@@ -64,7 +64,7 @@ def _sample(tensors: Iterable[Tensor], dtype: torch.dtype) -> dict[str, str]:
     samples = []
     for number, tensor in enumerate(tensors):
         places = [(2 * number + 1) * _STRIDE % tensor.numel(), (2 * number + 2) * _STRIDE % tensor.numel()]
-        if len(stored_parts(tensor)) > 1 or not tensor.is_floating_point():
+        if stored_parts(tensor)[0] is not tensor or not tensor.is_floating_point():
             samples.append(torch.full((2,), torch.nan))
         else:
             samples.append(tensor.detach().flatten()[places].float())

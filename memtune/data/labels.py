@@ -181,15 +181,13 @@ class ClassesReader:
         values = list(values)
         length = self._outputs if self._names is None else len(self._names)
         bits = len(values) == length and all(type(each) is int and each in (0, 1) for each in values)
-        if any(isinstance(each, (float, np.floating, bool, np.bool_)) for each in values) or (in_order and bits):
-            return self._shares(values, length, what)
-        if bits and length > 2:
-            return self._shares(values, length, what)
-        if bits:
+        if bits and length <= 2 and not in_order:
             raise InputError(
                 f"{what} has the label {values}, which may be the indices of classes or a share for each of {length}; "
                 "give names, or shares as floats"
             )
+        if bits or any(isinstance(each, (float, np.floating, bool, np.bool_)) for each in values):
+            return self._shares(values, length, what)
         shares = [0.0] * self._outputs
         for each in values:
             place = self._one(each, what)

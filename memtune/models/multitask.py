@@ -252,7 +252,7 @@ class MultiTaskModel(SharedModel):
     def check_labelled(self, tasks: Sequence[str]) -> None:
         """Raise `ConfigError` unless these are tasks that have labels."""
         check_task_names("tasks", tasks, self.arrangement.tasks)
-        if without := [name for name in tasks if not self.tasks[name]]:
+        if without := [name for name in tasks if not self.arrangement.tasks[name].labels]:
             raise ConfigError(
                 f"tasks: got {without}, which have no labels (they were wrapped with head=None, and give features); "
                 "pass tasks=[...] with those that have"

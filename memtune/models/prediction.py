@@ -189,7 +189,7 @@ def predict_each(
             (name, *_pixels(name, value, processor, channels)) for name, value in named[start : start + batch_size]
         ]
         if on_error == "raise" and (wrong := next((problem for _, _, problem in batch if problem), "")):
-            raise InputError(wrong if is_one(images) else f"{wrong}; repair it, or skip such with on_error='skip'")
+            raise InputError(f"{wrong}; repair it, or skip such with on_error='skip'")
         read = [values for _, values, _ in batch if values is not None]
         if others := [tuple(values.shape) for values in read if values.shape != read[0].shape]:
             raise InputError(

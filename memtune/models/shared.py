@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..backbones import Backbone
+from ..errors import InputError
 from ..storage import CardDetails, hub_name, make_repository, public_name, push_folder
 from .prediction import Classify, Prediction, Predictions, check_options, is_one, predict_each
 
@@ -82,16 +83,21 @@ class SharedModel(nn.Module, ABC):
             InputError: An image cannot be read, or a folder has none.
             ConfigError: An option is wrong, there is no image processor, or a task has no labels.
         """
+        one = is_one(images)
         found = self.predict_each(
-            images,
+            [images] if one else images,
             top_k=top_k,
             batch_size=batch_size,
-            on_error="raise" if is_one(images) else on_error,
+            on_error="skip" if one else on_error,
             image_processor=image_processor,
             tasks=tasks,
         )
         predictions = Predictions(found)
-        return predictions[0] if is_one(images) else predictions
+        if not one:
+            return predictions
+        if predictions.problems:
+            raise InputError(next(iter(predictions.problems.values())))
+        return predictions[0]
 
     def predict_each(
         self,

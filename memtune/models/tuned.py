@@ -116,7 +116,6 @@ class TunedModel(SharedModel):
         self._enabled = True
         self._disabling = 0  # contexts without the adapter, of any thread: torch.compile cannot look into a ContextVar
         self._loaded_prefix = ""
-        self._describes = True  # whether its state says what an adapter folder says (see `_add_description`)
         self._views: _Views | None = None
         self._renew()  # first, as it refuses a backbone that has no view
         self._hold = Hold(backbone)
@@ -403,15 +402,6 @@ class TunedModel(SharedModel):
             self._count(-1)
             _DISABLED.reset(before)
 
-    @contextmanager
-    def plain_state(self) -> Iterator[None]:
-        """Within, `state_dict()` has the task's values and nothing that says what they are of."""
-        self._describes = False
-        try:
-            yield
-        finally:
-            self._describes = True
-
     def require_adapter(self, what: str) -> None:
         """Raise `ConfigError`, which names what needs it, within `disable_adapter()`, where labels mean nothing."""
         if not self._active:
@@ -535,7 +525,7 @@ def _add_description(module: TunedModel, state: dict[str, Any], prefix: str, met
     Within other modules' states (DistributedDataParallel's) it is left out, as it is where the backbone is in shards.
     """
     in_shards = any(hasattr(each, "full_tensor") or hasattr(each, "ds_id") for each in module.backbone.parameters())
-    if module._describes and not prefix and not in_shards:
+    if not prefix and not in_shards:
         state |= to_state(module.task, module.backbone, module.processor)
 
 

@@ -25,7 +25,7 @@ def check_images(images: Any, backbone: Backbone, *, interpolate: bool) -> Tenso
     """
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
         raise InputError(
-            f"pixel_values: got {_describe(images)}, expected a float tensor (batch, channels, height, width)"
+            f"pixel_values: got {describe_value(images)}, expected a float tensor (batch, channels, height, width)"
         )
     if not len(images):
         raise InputError("pixel_values: got no image; expected a batch of one or more")
@@ -110,7 +110,8 @@ def check_task_names(what: str, names: Any, known: Collection[str], *, once: boo
         raise InputError(f"{what}: got {list(names)}, which names a task twice")
 
 
-def _describe(value: Any) -> str:
+def describe_value(value: Any) -> str:
+    """What a value is, for an error: of a tensor its type and shape."""
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 

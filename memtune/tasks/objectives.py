@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from ..errors import ConfigError, InputError
+from .checks import describe_value
 
 IGNORED = -100
 """The label of an image that is left out, in training and in evaluation, as torch's losses leave it out."""
@@ -101,7 +102,7 @@ class SingleLabel(Objective):
     def check(self, labels: Any, batch: int, outputs: int) -> None:
         """Expected: whole numbers (batch,), from 0 to below `outputs`, or -100."""
         if not isinstance(labels, Tensor) or labels.dtype not in _WHOLE_NUMBERS or tuple(labels.shape) != (batch,):
-            raise InputError(f"labels: got {_describe(labels)}, expected a tensor of {batch} class indices")
+            raise InputError(f"labels: got {describe_value(labels)}, expected a tensor of {batch} class indices")
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_range(labels, outputs)
 
@@ -154,7 +155,7 @@ class _Numbers(Objective):
         floats = isinstance(labels, Tensor) and labels.is_floating_point()
         if not floats or tuple(labels.shape) not in shapes:
             raise InputError(
-                f"labels: got {_describe(labels)}, expected {self._expected} as floats, ({batch}, {outputs})"
+                f"labels: got {describe_value(labels)}, expected {self._expected} as floats, ({batch}, {outputs})"
             )
         if labels.device.type == "cpu" and not torch.compiler.is_compiling() and (wrong := self._wrong(labels)):
             raise InputError(f"labels: got {wrong}, expected {self._expected}")
@@ -250,7 +251,3 @@ def find_objective(problem_type: Any) -> Objective:
     if not isinstance(name, str) or name not in OBJECTIVES:
         raise ConfigError(f"problem_type: got {problem_type!r}, expected one of {sorted(OBJECTIVES)}")
     return OBJECTIVES[name]
-
-
-def _describe(value: Any) -> str:
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -74,7 +74,11 @@ class RunCheckpoints:
         self._accelerator.wait_for_everyone()
         deepspeed = self._accelerator.distributed_type == DistributedType.DEEPSPEED
         options = {"exclude_frozen_parameters": True} if deepspeed else {}  # which else would save the backbone too
-        self._accelerator.save_state(str(staging), safe_serialization=True, **options)
+        handle = self._accelerator.register_save_state_pre_hook(_leave_description_out)
+        try:
+            self._accelerator.save_state(str(staging), safe_serialization=True, **options)
+        finally:
+            handle.remove()
         if main:
             torch.save(dict(state), staging / STATE_NAME)
         self._accelerator.wait_for_everyone()
@@ -219,6 +223,12 @@ def _read_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} is damaged: got a {type(state).__name__}, expected a dictionary")
     return state
+
+
+def _leave_description_out(models: list[Any], weights: list[dict[str, Any]], folder: str) -> None:
+    """What a model's state says of the adapter is for Trainer's folders; a run's checkpoint says it elsewhere."""
+    for state in weights:
+        state.pop(STATE_KEY, None)
 
 
 def _read_description(path: Path) -> dict[str, Any]:

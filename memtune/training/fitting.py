@@ -137,26 +137,15 @@ def _with_room(call: Callable[[TrainingConfig], TrainingResult], model: TunedMod
         passes = max(1, round(whole / batch_size))
         return call(replace(config, per_device_train_batch_size=batch_size, gradient_accumulation_steps=passes))
 
-    find: Any = find_executable_batch_size(
-        attempt, config.per_device_train_batch_size, reduce_batch_size_fn=_Halving(config.per_device_train_batch_size)
-    )
+    largest = config.per_device_train_batch_size
+    halves = iter([largest >> times for times in range(1, largest.bit_length() + 1)])  # the last is 0
+    find: Any = find_executable_batch_size(attempt, largest, reduce_batch_size_fn=lambda: next(halves))
     try:
         return find()
     except RuntimeError as error:
         if "No executable batch size" not in str(error):
             raise
         raise MemtuneError("auto_find_batch_size: not even one image at a time fits into memory") from error
-
-
-class _Halving:
-    """Gives half of the last number each time; 0 after 1."""
-
-    def __init__(self, number: int) -> None:
-        self._number = number
-
-    def __call__(self) -> int:
-        self._number //= 2
-        return self._number
 
 
 def _record_size(model: TunedModel, trained: TunedModel, size: tuple[int, int], config: TrainingConfig) -> None:

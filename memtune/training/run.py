@@ -422,8 +422,7 @@ class TrainingRun:
         self._count_time()
         sums = {name: torch.tensor(self._reduce(getattr(self.progress, name))) for name in ("sums", "log_sums")}
         state = {name: part.state_dict() for name, part in self._parts().items()}
-        with self._tuned.plain_state():  # a run's own checkpoint says it elsewhere
-            self._checkpoints.save(self.progress.step, state | {"progress": vars(self.progress) | sums})
+        self._checkpoints.save(self.progress.step, state | {"progress": vars(self.progress) | sums})
 
     def _call(self, event: str, *values: Any) -> None:
         for callback in self._begun:
