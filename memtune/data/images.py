@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import InputError
-from ..storage import decode, sized
+from ..storage import decode, pixel_values_of, sized
 from ..tasks import IGNORED, Objective, find_objective
 from .augmentation import Augmentation
 from .labels import class_names, make_reader
@@ -123,11 +123,9 @@ class Items(Dataset, ABC):
         if self._augment is not None:
             image = self._augment(image, index, version)
         try:
-            return self._processor(image, return_tensors="pt").pixel_values[0]
-        except Exception as error:
-            raise Unreadable(
-                f"{name}, {image.width} x {image.height} pixels, fails in the processor: {error}"
-            ) from error
+            return pixel_values_of(self._processor, image, name)
+        except InputError as error:
+            raise Unreadable(str(error)) from error
 
     def name(self, index: int) -> str:
         """The path of an image, or where it has none its number."""

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..drawing import draw_sheet
 from ..errors import ConfigError, InputError
-from ..storage import decode, image_files
+from ..storage import decode, image_files, pixel_values_of
 from ..tasks import Regression, Task
 
 Answers: TypeAlias = list[dict[str, Any]]
@@ -264,6 +264,6 @@ def _pixels(name: str, value: Any, processor: Any, channels: int) -> tuple[Tenso
     except InputError as error:
         return None, f"{name} {error}"
     try:
-        return torch.as_tensor(processor(images=image, return_tensors="pt").pixel_values[0]), ""
-    except Exception as error:  # noqa: BLE001 - processors raise errors of every kind at pictures that they cannot take
-        return None, f"{name}, {image.width} x {image.height} pixels, fails in the processor: {error}"
+        return pixel_values_of(processor, image, name), ""
+    except InputError as error:
+        return None, str(error)

@@ -32,6 +32,7 @@ from .peft_folder import PEFT_PREFIX as PEFT_PREFIX
 from .peft_folder import PEFT_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from .peft_folder import write_peft_folder as write_peft_folder
 from .processors import image_processor_of as image_processor_of
+from .processors import pixel_values_of as pixel_values_of
 from .processors import sized as sized
 from .reading import check_plain as check_plain
 from .reading import read_json as read_json

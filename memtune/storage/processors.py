@@ -7,8 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 import transformers
 from PIL import Image
+from torch import Tensor
 from transformers import AutoImageProcessor
 
 from ..errors import CheckpointError, InputError
@@ -53,6 +55,18 @@ def sized(processor: Any, pixels: int) -> Any:
     if shape != (pixels, pixels):
         raise InputError(f"{refusal}, but of {shape[0]} x {shape[1]}; pass a processor that does to wrap")
     return made
+
+
+def pixel_values_of(processor: Any, image: Image.Image, name: str) -> Tensor:
+    """What a processor makes of a picture, (channels, height, width).
+
+    Raises:
+        InputError: It fails at it.
+    """
+    try:
+        return torch.as_tensor(processor(image, return_tensors="pt").pixel_values[0])
+    except Exception as error:  # processors raise errors of every kind at pictures that they cannot take
+        raise InputError(f"{name}, {image.width} x {image.height} pixels, fails in the processor: {error}") from error
 
 
 def save_processor(processor: Any, folder: Path) -> None:
