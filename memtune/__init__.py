@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .preparation import TrainingConfig as TrainingConfig
     from .search import sweep as sweep
     from .tasks import RandomFeatures as RandomFeatures
+    from .training import find_learning_rate as find_learning_rate
     from .training import fit as fit
     from .training import fit_closed_form as fit_closed_form
 
@@ -57,7 +58,7 @@ _NAMES = {
     "preparation": ("TrainingConfig",),
     "search": ("sweep",),
     "tasks": ("RandomFeatures",),
-    "training": ("fit", "fit_closed_form"),
+    "training": ("find_learning_rate", "fit", "fit_closed_form"),
 }
 _ROOM_OF = {name: room for room, names in _NAMES.items() for name in names}
 
@@ -82,6 +83,7 @@ __all__ = [
     "evaluate",
     "explain",
     "export",
+    "find_learning_rate",
     "fit",
     "fit_closed_form",
     "hub",

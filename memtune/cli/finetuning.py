@@ -25,9 +25,9 @@ from ..evaluation import evaluate, inspect_data
 from ..methods import AdapterConfig, MemoryConfig, method_names, read_config
 from ..models import TunedModel, wrap
 from ..preparation import add_training_arguments, read_training_arguments
-from ..tasks import OBJECTIVES, Regression, SingleLabel, find_objective
+from ..tasks import SingleLabel, find_objective
 from ..training import fit
-from .common import begin, load_model
+from .common import add_problem_type, begin, label_names, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, default=4, help="memory tokens in each block, for --method memory")
     add("--method_config", type=json.loads, default={}, help='settings as JSON, as \'{"lora": {"r": 16}}\'')
     add("--masked", action="store_true", help="train in the task stream; the backbone's own answer stays as it is")
-    add(
-        "--problem_type",
-        choices=sorted(OBJECTIVES),
-        default=SingleLabel.problem_type,
-        help="what the labels of an image are: one class, several, or numbers (%(default)s)",
-    )
+    add_problem_type(parser)
     add("--attn_implementation", help="the backbone's attention kernel: sdpa, eager, flash_attention_2 ...")
     add = parser.add_argument_group("data").add_argument
     add("--train_dir", help="a folder with one folder of images for each class")
@@ -99,7 +94,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] | No
         train, evaluation = load_data(args)
     set_seed(args.seed)
     label_column = find_columns(train, args.image_column_name, args.label_column_name)[1]
-    model = build_model(args, _names(train, label_column, args.problem_type))
+    model = build_model(args, label_names(train, label_column, args.problem_type))
     if state.is_main_process:
         report = inspect_data(train, validation=evaluation, model=model, config=config, max_images=_LOOKED_AT)
         for line in [*report.problems, *report.notes]:
@@ -202,7 +197,7 @@ def load_data(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     train = splits["train"]
     label_column = find_columns(train, args.image_column_name, args.label_column_name)[1]
     problem_type = getattr(args, "problem_type", SingleLabel.problem_type)
-    names = _names(train, label_column, problem_type)
+    names = label_names(train, label_column, problem_type)
     if evaluation is None:
         reader = make_reader(find_objective(problem_type), names, class_names(train, label_column))
         labels = [reader(label, f"image {index}") for index, label in enumerate(train.with_format(None)[label_column])]
@@ -210,27 +205,6 @@ def load_data(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
         evaluation = train.select(places)
         train = train.select(sorted(set(range(len(train))) - set(places)))
     return _sample(train, args.max_train_samples, args.seed), _sample(evaluation, args.max_eval_samples, args.seed)
-
-
-def _names(train: Dataset, label_column: str, problem_type: str) -> list[str]:
-    """The names of the classes, at least two; or of numbers that of their column, with a place where there are several.
-
-    Raises:
-        InputError: They have no names, or there is only one.
-    """
-    if problem_type == Regression.problem_type:
-        first = train.with_format(None)[label_column][0]
-        several = isinstance(first, Sequence) and not isinstance(first, str)
-        return [f"{label_column}_{place}" for place in range(len(first))] if several else [label_column]
-    names = class_names(train, label_column)
-    if names is None:
-        raise InputError(
-            f"the column {label_column!r} is of the type {train.features[label_column]}, which has no names of "
-            "classes; expected ClassLabel or texts, or another column by --label_column_name"
-        )
-    if len(names) < 2:
-        raise InputError(f"got the classes {names}, expected two or more: with one there is nothing to tell apart")
-    return names
 
 
 def _load_splits(args: argparse.Namespace) -> dict[str, Dataset]:

@@ -6,16 +6,16 @@ import argparse
 import json
 from typing import Any
 
-from ..data import load_folder
+from ..data import find_columns, load_folder
 from ..errors import ConfigError
 from ..methods import method_names, read_config
 from ..preparation import add_training_arguments, read_training_arguments
 from ..search import find_optuna, sweep
 from ..search.result import SweepResult
-from .common import begin, load_model
+from .common import add_problem_type, begin, label_names, load_model
 
-_OF_ONE_RUN = ("output_dir", "early_stopping_patience", "load_best_model_at_end", "metric_for_best_model")
-_OF_ONE_RUN += ("greater_is_better", "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit")
+_OF_ONE_RUN = ("output_dir", "early_stopping_patience", "load_best_model_at_end")
+_OF_ONE_RUN += ("eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit")
 """Settings that mean one run."""
 
 
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--method", default="memory", choices=method_names(), help="what is trained")
     add("--method_config", type=json.loads, default={}, help="settings of the method as JSON, as '{\"tokens\": 8}'")
     add("--masked", action="store_true", help="train in the task stream; the backbone's own answer stays as it is")
+    add_problem_type(parser)
     add = parser.add_argument_group("search").add_argument
     add("--search", nargs="+", type=_parse_range, required=True, metavar="NAME=RANGE", help="what is searched")
     add("--train_dir", required=True, help="a folder with a folder of images for each class")
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> SweepResult | None:
     config = read_config({"method": args.method} | args.method_config)
     with state.main_process_first():
         train, test = load_folder(args.train_dir), None if args.test_dir is None else load_folder(args.test_dir)
+    names = label_names(train, args.label_column or find_columns(train, args.image_column, None)[1], args.problem_type)
     backbone, processor = load_model(args.model_name_or_path)
     result = sweep(
         backbone,
@@ -64,7 +66,9 @@ def run(args: argparse.Namespace) -> SweepResult | None:
         n_trials=args.n_trials,
         seeds=args.seeds,
         validation=args.validation,
+        labels=names,
         masked=args.masked,
+        problem_type=args.problem_type,
         processor=processor,
         output_dir=args.output_dir,
     )

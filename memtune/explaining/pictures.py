@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
 from ..drawing import new_figure
@@ -23,6 +24,9 @@ _COLOURS = {
 }
 _HEAT = "magma"
 _BLOCKS_IN_A_ROW = 6
+_BRIGHTEST = 0.98
+"""The share of the patches that are not shown as the brightest."""
+
 _MOST_NUMBERS = 12
 """With more cells than this along one side, a heat map has no numbers in its cells."""
 
@@ -55,22 +59,24 @@ def draw_explanation(
     rows = math.ceil(len(blocks) / _BLOCKS_IN_A_ROW)
     most = max(len(block.memory) for block in blocks)
     upper = max(3.4, 1.75 * rows)
-    figure: Any = new_figure(figsize=(13, upper + _lower_height(most)))
+    figure: Any = new_figure(figsize=(16, upper + _lower_height(most)))
     above, below = figure.subfigures(2, 1, height_ratios=[upper, _lower_height(most)])
-    left, right = above.subfigures(1, 2, width_ratios=[1, 3.1])
-    axes = left.subplots()
-    axes.imshow(image.numpy())
-    axes.axis("off")
-    if title is not None:
-        axes.set_title(title, fontsize=12, fontweight="bold")
+    left, right = above.subfigures(1, 2, width_ratios=[1.9, 3.1])
+    plain, over = left.subplots(1, 2)
+    for axes in (plain, over):
+        axes.axis("off")
+    plain.imshow(image.numpy())
+    plain.set_title("the image" if title is None else title, fontsize=12, fontweight="bold")
+    _draw_over(over, image, mean_attention(blocks))
+    over.set_title("where it looks: mean of all blocks", fontsize=10)
     grid = list(right.subplots(rows, min(len(blocks), _BLOCKS_IN_A_ROW), squeeze=False).flat)
     for each in grid:
         each.axis("off")
     for index, (each, block) in enumerate(zip(grid, blocks, strict=False)):
-        _draw_over(each, image, block)
+        _draw_over(each, image, block.patches)
         each.set_title(f"block {index}: {float(block.patches.sum()):.0%}", fontsize=9)
     right.suptitle(
-        f"Attention of the {token_name(masked)} to the patches: their share of it; brightest is a block's largest",
+        f"Each block: attention of the {token_name(masked)} to the patches, and their share of all its attention",
         fontsize=10,
     )
     _draw_lower(below, blocks, masked, most)
@@ -101,15 +107,21 @@ def _lower_height(tokens: int) -> float:
     return min(5.0, max(3.0, 1.6 + 0.2 * tokens))
 
 
-def _draw_over(axes: Any, image: Any, block: Attention) -> None:
+def mean_attention(blocks: Sequence[Attention]) -> Tensor:
+    """The mean over the blocks of how the attention is divided among the patches, (rows, columns); it sums to 1."""
+    parts = [block.patches / block.patches.sum().clamp_min(1e-12) for block in blocks]
+    return torch.stack(parts).mean(dim=0)
+
+
+def _draw_over(axes: Any, image: Any, patches: Tensor) -> None:
     """The image in dark grey, with the attention to its patches as a veil: bright where it is, dark where it is not.
 
-    The colours go by the square root: a few patches of a block often get most of the attention.
+    The colours go by the square root up to the 98th percentile: a few patches often get most of the attention.
     """
     height, width, _ = image.shape
     grey = image.mean(dim=-1).numpy()
     axes.imshow(grey, cmap="gray", vmin=0, vmax=2)  # dark, or a white wall would look like attention
-    share = (block.patches / block.patches.max().clamp_min(1e-12)).sqrt()
+    share = (patches / patches.quantile(_BRIGHTEST).clamp_min(1e-12)).clamp_max(1).sqrt()
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     axes.imshow(share.numpy(), cmap=_HEAT, vmin=0, vmax=1, alpha=0.65, extent=extent, interpolation="bilinear")
 

@@ -50,6 +50,8 @@ class SweepFolder:
         weights: The backbone's fingerprint.
         sampler: What proposes trials.
         seed: Of the proposals.
+        metric: The score that trials are compared by.
+        greater_is_better: Whether larger ones are better.
 
     Raises:
         ConfigError: Another process works on the folder, or it holds another search.
@@ -65,6 +67,9 @@ class SweepFolder:
         weights: Mapping[str, Any],
         sampler: Sampler,
         seed: int,
+        *,
+        metric: str,
+        greater_is_better: bool,
     ) -> None:
         self._path = path
         self._space = space
@@ -72,6 +77,7 @@ class SweepFolder:
         self._weights = _plain(weights)
         self._sampler = sampler
         self._seed = seed
+        self._metric, self._greater = metric, greater_is_better
         self._optuna = find_optuna()
         with ExitStack() as stack:
             path.mkdir(parents=True, exist_ok=True)
@@ -89,7 +95,7 @@ class SweepFolder:
 
     def result(self) -> SweepResult:
         """What has been found so far; the final runs are those with the values that are the best ones now."""
-        result = SweepResult(self._space.kinds(), self._trials())
+        result = SweepResult(self._space.kinds(), self._trials(), metric=self._metric, greater_is_better=self._greater)
         if result.trials:
             saved = self._study.user_attrs.get("finals", [])
             result.finals = [FinalRun(**run["run"]) for run in saved if run["values"] == _plain(result.best.values)]
@@ -122,7 +128,7 @@ class SweepFolder:
     def _given_up(self) -> list[int]:
         return self._study.user_attrs.get("given_up", [])
 
-    def tell(self, accuracy: float, loss: float, seconds: float, same_as: int | None = None) -> None:
+    def tell(self, score: float, loss: float, seconds: float, same_as: int | None = None) -> None:
         """Keep what came of the trial that `ask` gave."""
         states = self._optuna.trial.TrialState
         (begun,) = self._study.get_trials(deepcopy=False, states=(states.RUNNING,))
@@ -131,7 +137,7 @@ class SweepFolder:
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, begun.number)
         self._storage.set_trial_user_attr(trial_id, "memtune", figures)
         try:
-            self._study.tell(begun.number, accuracy)
+            self._study.tell(begun.number, score)
         except RuntimeError:  # how samplers of a finite number of trials say that they have no more
             if self._study.trials[begun.number].state != states.COMPLETE:
                 raise
@@ -154,6 +160,7 @@ class SweepFolder:
     def _open(self) -> tuple[Any, Any]:
         """The storage of the journal and its study, made if they are not there."""
         journal = self._path.resolve() / JOURNAL_NAME
+        direction = "maximize" if self._greater else "minimize"
         _cut_torn_line(journal)
         backends = self._optuna.storages.journal
         try:
@@ -165,7 +172,7 @@ class SweepFolder:
                 raise ConfigError(f"output_dir: {journal} has studies that are not memtune's; take another folder")
             if studies:  # creating it again would write into the journal, though it may be refused
                 return storage, self._optuna.load_study(study_name=STUDY_NAME, storage=storage)
-            return storage, self._optuna.create_study(study_name=STUDY_NAME, storage=storage, direction="maximize")
+            return storage, self._optuna.create_study(study_name=STUDY_NAME, storage=storage, direction=direction)
         except MemtuneError:
             raise
         except Exception as error:  # of every kind, by what the journal says

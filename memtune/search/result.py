@@ -14,6 +14,9 @@ from typing import Any
 from ..drawing import new_figure
 from ..errors import MemtuneError
 
+_SHARES = ("accuracy", "balanced_accuracy", "top5_accuracy", "subset_accuracy")
+"""Scores that are shown in per cent."""
+
 _ROWS = 20
 """Trials that the text of a result shows."""
 
@@ -25,7 +28,7 @@ class Trial:
     Attributes:
         number: Its place in the search, from 0 on.
         values: The value of each setting that is searched.
-        accuracy: On the images held out, a share.
+        score: On the images held out, by the search's metric.
         loss: The mean loss on them.
         seconds: Its training and evaluation.
         same_as: The earlier trial with the same values, whose figures these are: nothing was trained again.
@@ -33,10 +36,15 @@ class Trial:
 
     number: int
     values: dict[str, Any]
-    accuracy: float
+    score: float
     loss: float
     seconds: float = field(default=0.0, compare=False)
     same_as: int | None = None
+
+    @property
+    def accuracy(self) -> float:
+        """The score, by its name where an image has one class."""
+        return self.score
 
 
 @dataclass
@@ -45,15 +53,20 @@ class FinalRun:
 
     Attributes:
         seed: The seed.
-        accuracy: On the test images, a share; None where there are none.
+        score: On the test images, by the search's metric; None where there are none.
         loss: The mean loss on them.
         seconds: Training and evaluation.
     """
 
     seed: int
-    accuracy: float | None = None
+    score: float | None = None
     loss: float | None = None
     seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def accuracy(self) -> float | None:
+        """The score, by its name where an image has one class."""
+        return self.score
 
 
 @dataclass
@@ -64,18 +77,23 @@ class SweepResult:
         kinds: For each setting searched how it varies: "choices", "linear" or "log".
         trials: The trials in order.
         finals: The runs with the best setting on all training images.
+        metric: The score that trials are compared by.
+        greater_is_better: Whether larger ones are better.
     """
 
     kinds: dict[str, str]
     trials: list[Trial] = field(default_factory=list)
     finals: list[FinalRun] = field(default_factory=list)
+    metric: str = "accuracy"
+    greater_is_better: bool = True
 
     @property
     def ranking(self) -> list[Trial]:
-        """The trials from the best on: by accuracy, then by loss, then the earlier one first."""
+        """The trials from the best on: by their score, then by loss, then the earlier one first."""
+        sign = -1 if self.greater_is_better else 1
         return sorted(
             self.trials,
-            key=lambda each: (-each.accuracy, each.loss if math.isfinite(each.loss) else math.inf, each.number),
+            key=lambda each: (sign * each.score, each.loss if math.isfinite(each.loss) else math.inf, each.number),
         )
 
     @property
@@ -90,19 +108,24 @@ class SweepResult:
         return self.ranking[0]
 
     @property
-    def test_accuracies(self) -> list[float]:
-        """The accuracy of each final run on the test images."""
-        return [run.accuracy for run in self.finals if run.accuracy is not None]
+    def test_scores(self) -> list[float]:
+        """The score of each final run on the test images."""
+        return [run.score for run in self.finals if run.score is not None]
+
+    @property
+    def test_score(self) -> float | None:
+        """Mean of `test_scores`; None if there are none."""
+        return fmean(self.test_scores) if self.test_scores else None
 
     @property
     def test_accuracy(self) -> float | None:
-        """Mean of `test_accuracies`; None if there are none."""
-        return fmean(self.test_accuracies) if self.test_accuracies else None
+        """`test_score`, by its name where an image has one class."""
+        return self.test_score
 
     @property
     def test_deviation(self) -> float | None:
-        """Standard deviation of `test_accuracies` (n - 1 in the denominator); None if there are fewer than two."""
-        return stdev(self.test_accuracies) if len(self.test_accuracies) > 1 else None
+        """Standard deviation of `test_scores` (n - 1 in the denominator); None if there are fewer than two."""
+        return stdev(self.test_scores) if len(self.test_scores) > 1 else None
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as JSON values; a loss that is no finite number is None."""
@@ -112,10 +135,11 @@ class SweepResult:
         return {
             "best": self.best.number if self.trials else None,
             "best_values": self.best.values if self.trials else None,
-            "validation_accuracy": self.best.accuracy if self.trials else None,
-            "test_accuracy": self.test_accuracy,
+            "metric": self.metric,
+            "validation_score": self.best.score if self.trials else None,
+            "test_score": self.test_score,
             "test_standard_deviation": self.test_deviation,
-            "test_runs": len(self.test_accuracies),
+            "test_runs": len(self.test_scores),
             "kinds": self.kinds,
             **runs,
         }
@@ -124,14 +148,14 @@ class SweepResult:
         """Write the trials as a table of comma-separated values, a row for each."""
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["trial", *self.kinds, "accuracy", "loss", "seconds", "same_as"])
+            writer.writerow(["trial", *self.kinds, self.metric, "loss", "seconds", "same_as"])
             for each in self.trials:
                 chosen = [each.values[key] for key in self.kinds]
                 values = [value if isinstance(value, (int, float, str)) else json.dumps(value) for value in chosen]
-                writer.writerow([each.number, *values, each.accuracy, each.loss, round(each.seconds, 3), each.same_as])
+                writer.writerow([each.number, *values, each.score, each.loss, round(each.seconds, 3), each.same_as])
 
     def plot(self, path: str | Path) -> None:
-        """Draw the accuracy of the trials over each setting.
+        """Draw the score of the trials over each setting.
 
         Args:
             path: The picture's file; its ending says the format (.png, .svg, .pdf).
@@ -149,7 +173,9 @@ class SweepResult:
                 continue
             key = list(self.kinds)[place]
             self._draw(axes, key, best)
-            axes.set(xlabel=key, ylabel="accuracy on held-out images, %" if place % columns == 0 else None)
+            unit = ", %" if self._is_share else ""
+            label = f"{self.metric.replace('_', ' ')} on held-out images{unit}"
+            axes.set(xlabel=key, ylabel=label if place % columns == 0 else None)
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper right")
         figure.savefig(path)
 
@@ -167,16 +193,17 @@ class SweepResult:
             axes.tick_params(axis="x", which="both", labelrotation=45)
         elif all(isinstance(place, int) for place in places):
             axes.locator_params(axis="x", integer=True)
-        axes.scatter(places, [100 * each.accuracy for each in self.trials], alpha=0.7)
-        axes.scatter([best_place], [100 * best.accuracy], marker="*", s=160, color="tab:red", label="best")
+        scale = 100 if self._is_share else 1
+        axes.scatter(places, [scale * each.score for each in self.trials], alpha=0.7)
+        axes.scatter([best_place], [scale * best.score], marker="*", s=160, color="tab:red", label="best")
         axes.grid(alpha=0.3)
 
     def __str__(self) -> str:
         shown = self.ranking[:_ROWS]
-        header = ["trial", *self.kinds, "accuracy", "loss"]
+        header = ["trial", *self.kinds, self.metric, "loss"]
         table = [header] + [
             [str(each.number), *(_text(each.values[key]) for key in self.kinds),
-             f"{100 * each.accuracy:.2f} %", f"{each.loss:.4f}"]
+             self._in_words(each.score), f"{each.loss:.4f}"]
             for each in shown
         ]  # fmt: skip
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -190,12 +217,23 @@ class SweepResult:
             return ()
         values = ", ".join(f"{key}={_text(value)}" for key, value in self.best.values.items())
         lines = [f"best: trial {self.best.number} of {len(self.trials)}: {values}"]
-        if self.test_accuracy is not None:
-            spread = "" if self.test_deviation is None else f" ± {100 * self.test_deviation:.2f}"
-            count = len(self.test_accuracies)
-            lines.append(f"test: {100 * self.test_accuracy:.2f}{spread} % (mean{' ± standard deviation' * (count > 1)}"
-                         f", n = {count})")  # fmt: skip
+        if self.test_score is not None:
+            words = self._in_words(self.test_score, self.test_deviation)
+            count = len(self.test_scores)
+            lines.append(f"test: {words} (mean{' ± standard deviation' * (count > 1)}, n = {count})")
         return lines
+
+    @property
+    def _is_share(self) -> bool:
+        """Whether the score is shown in per cent."""
+        return self.metric in _SHARES
+
+    def _in_words(self, score: float, deviation: float | None = None) -> str:
+        """A score for people, with its spread if there is one."""
+        values = [score] if deviation is None else [score, deviation]
+        if self._is_share:
+            return " ± ".join(f"{100 * value:.2f}" for value in values) + " %"
+        return " ± ".join(f"{value:.4g}" for value in values)
 
 
 def _text(value: Any) -> str:

@@ -27,8 +27,8 @@ from ..evaluation import evaluate
 from ..methods import AdapterConfig, as_config
 from ..models import TunedModel, wrap
 from ..preparation import TrainingConfig, make_accelerator, make_augmentation, make_mixing
-from ..tasks import check_label_names
-from ..training import describe_run, fit
+from ..tasks import IGNORED, check_label_names, find_objective
+from ..training import check_objective, describe_run, fit, is_better_greater
 from ..trunk_cache import check_cacheable
 from .folder import Sampler, SweepFolder, digest_of_numbers
 from .result import FinalRun, SweepResult
@@ -53,13 +53,15 @@ def sweep(
     validation: float | Sequence[int] = 0.2,
     labels: Sequence[str] | None = None,
     masked: bool = False,
+    problem_type: str | None = None,
     processor: Any = None,
     sampler: Sampler = None,
 ) -> SweepResult:
     """Search for settings, then train the best on all training images and measure it on the test images.
 
-    Trials are chosen among by their accuracy on images that are held out, and all have the seed `training.seed`. With
-    `training.trunk_cache`, in masked mode, the trunk is computed once for all of them.
+    Trials are compared by a score on images that are held out, and all have the seed `training.seed`. The score is
+    `training.metric_for_best_model`; by default the accuracy, the mean average precision of several classes an image,
+    or R2 of numbers. With `training.trunk_cache`, in masked mode, the trunk is computed once for all of them.
 
     Example:
         >>> result = memtune.sweep(
@@ -91,6 +93,7 @@ def sweep(
         validation: Share of the training images that is held out, by class; or the places of these images.
         labels: Names of the classes; by default those of the data set.
         masked: Train in the task stream.
+        problem_type: What the labels of an image are, as `wrap` takes it.
         processor: The image processor.
         sampler: A sampler of Optuna, or a function of the keyword `seed` that gives one (such as a sampler's class),
             which is called for each trial. By default `optuna.samplers.TPESampler`.
@@ -106,18 +109,22 @@ def sweep(
     find_optuna()
     new_figure()  # both are asked for now, and not after hours
     training = (training or TrainingConfig()).for_mode(masked)
+    objective = find_objective(problem_type)
+    metric = (training.metric_for_best_model or objective.metric).removeprefix("eval_")
+    check_objective(objective, training)
     _check_counts(n_trials, seeds)
     several = config if isinstance(config, Sequence) and not isinstance(config, str) else [config]
     chosen = Space(space, training, [as_config(each) for each in several])
     names = labels if labels is not None else class_names(train_dataset, training.label_column)
     columns = {"image_column": training.image_column, "label_column": training.label_column}
-    options = {"channels": Backbone(backbone).channels, **columns}
+    options = {"channels": Backbone(backbone).channels, "objective": objective, **columns}
     items = as_items(train_dataset, processor, None, "skip", labels=names, **options)
     classes = items.labels()
-    names = check_label_names(names, None if names is not None else max(classes) + 1)
+    names = check_label_names(names, None if names is not None else _count(classes))
     _check_training(training, len(names))
     places = held_out(classes, validation, training.seed)
-    runs = _Runs(backbone, chosen, {"labels": names, "masked": masked, "processor": processor})
+    wrapping = {"labels": names, "masked": masked, "problem_type": problem_type, "processor": processor}
+    runs = _Runs(backbone, chosen, metric, wrapping)
     settings = runs.rehearse() | {
         "space": chosen.to_dict(),
         "validation_images": len(places),
@@ -133,7 +140,14 @@ def sweep(
     }
     make_accelerator(training)  # which finds the other processes, where there are some
     path, weights = Path(output_dir), fingerprint(Backbone(backbone))
-    search = _Search(runs, path, lambda: SweepFolder(path, chosen, settings, weights, sampler, training.seed))
+    greater = training.greater_is_better
+    comparing = {
+        "metric": metric,
+        "greater_is_better": is_better_greater(metric) if greater is None else greater,
+    }
+    search = _Search(
+        runs, path, lambda: SweepFolder(path, chosen, settings, weights, sampler, training.seed, **comparing)
+    )
     try:
         search.try_settings(train_dataset, places, n_trials, training.seed)
         return search.train_best(train_dataset, eval_dataset, seeds)
@@ -142,11 +156,19 @@ def sweep(
 
 
 class _Runs:
-    """Trains settings on one backbone."""
+    """Trains settings on one backbone.
 
-    def __init__(self, backbone: PreTrainedModel, space: Space, options: dict[str, Any]) -> None:
+    Args:
+        backbone: The model.
+        space: What is searched.
+        metric: The score that they are compared by.
+        options: Further ones of `wrap`.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, space: Space, metric: str, options: dict[str, Any]) -> None:
         self._backbone = backbone
         self._space = space
+        self._metric = metric
         self._options = options
 
     def rehearse(self) -> dict[str, Any]:
@@ -175,7 +197,7 @@ class _Runs:
     def run(
         self, values: Mapping[str, Any], seed: int, train: Any, test: Any, folder: Path | None = None
     ) -> dict[str, float]:
-        """Train a setting and measure it: `accuracy` and `loss` (nothing without test images), and `seconds`."""
+        """Train a setting and measure it: its `score` and `loss` (nothing without test images), and `seconds`."""
         start = time.perf_counter()
         training, configs = self._space.settings(values)
         training = dataclasses.replace(training, seed=seed)
@@ -188,7 +210,8 @@ class _Runs:
                 _save(model, folder, scores, training)
         finally:
             model.detach()
-        return {**scores, "seconds": time.perf_counter() - start}
+        kept = {"score": scores[self._metric], "loss": scores["loss"]} if scores else {}
+        return {**kept, "seconds": time.perf_counter() - start}
 
 
 class _Search:
@@ -221,9 +244,9 @@ class _Search:
                     continue
             else:  # the seed is the same, so the outcome would be
                 first = same.number if same.same_as is None else same.same_as
-                scores = {"accuracy": same.accuracy, "loss": same.loss, "seconds": 0.0, "same_as": first}
+                scores = {"score": same.score, "loss": same.loss, "seconds": 0.0, "same_as": first}
             _from_main(lambda scores=scores: self._keep_trial(scores))
-            logger.info("trial %d of %d: accuracy %.4f with %s", len(trials) + 1, n_trials, scores["accuracy"], values)
+            logger.info("trial %d of %d: score %.4f with %s", len(trials) + 1, n_trials, scores["score"], values)
 
     def _give_up(self, values: Mapping[str, Any], error: Exception, most: int) -> None:
         """Go on after a setting that cannot be trained, unless as many as there are trials cannot."""
@@ -275,7 +298,7 @@ def _from_main(make: Callable[[], ValueT], *, share: bool = True) -> ValueT:
 
 def _save(model: TunedModel, folder: Path, scores: Mapping[str, float], training: TrainingConfig) -> None:
     state = PartialState()
-    results = {"accuracy": scores["accuracy"]} if scores else {}
+    results = {name: value for name, value in scores.items() if name not in ("loss", "samples")}
     model.save_pretrained(folder, results=results, training=training, is_main_process=state.is_main_process)
     state.wait_for_everyone()
 
@@ -286,6 +309,14 @@ def _check_counts(n_trials: Any, seeds: Any) -> None:
     numbers = isinstance(seeds, Sequence) and all(type(seed) is int and seed >= 0 for seed in seeds)
     if not numbers or len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds: got {seeds!r}, expected different whole numbers, 0 or more, or none: ()")
+
+
+def _count(labels: Sequence[Any]) -> int:
+    """How many outputs a head has for labels without names."""
+    first = next((label for label in labels if label != IGNORED), 0)
+    if isinstance(first, Sequence):
+        return len(first)
+    return max(labels) + 1
 
 
 def _check_training(training: TrainingConfig, classes: int) -> None:

@@ -62,6 +62,11 @@ class MovingAverage:
         self._average.n_averaged.fill_(state["steps"])
 
 
+def is_better_greater(metric: str) -> bool:
+    """Whether larger values of a score are better, by what its name says."""
+    return metric.rpartition("_")[2] not in _ERRORS
+
+
 class BestValues:
     """The values of a task that had the best evaluation so far.
 
@@ -79,8 +84,7 @@ class BestValues:
         self.tensors: dict[str, Tensor] | None = None
         self.waited = 0
         self._metric = metric
-        error = metric.rpartition("_")[2] in _ERRORS
-        self._greater = not error if greater_is_better is None else greater_is_better
+        self._greater = is_better_greater(metric) if greater_is_better is None else greater_is_better
         self.scores: dict[str, float] = {}
 
     def update(self, scores: dict[str, float], task: Task) -> None:

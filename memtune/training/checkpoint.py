@@ -128,7 +128,7 @@ class RunCheckpoints:
             ConfigError: It is of a run with other settings.
         """
         description = _read_description(path)
-        check_same_run(description["settings"], self._settings, path)
+        check_same_run(description["settings"], self._settings, path, may_be_longer=True)
         present = _digests(path)
         if damaged := [name for name in present | description["files"] if not _is_same(name, present, description)]:
             raise CheckpointError(f"{path} is damaged in {damaged}; delete it, and go on from an earlier checkpoint")

@@ -68,7 +68,8 @@ def fit(
         resume_from_checkpoint: A folder `checkpoint-<step>` to go on from, or True for the last one in
             `config.output_dir` (where there is none yet, the run starts at its beginning). On one process the run ends
             with the values that it would have had without the interruption, bit for bit on a CPU, if a data set of
-            items gives the same one for the same index and epoch (told by `set_epoch`, where it has that).
+            items gives the same one for the same index and epoch (told by `set_epoch`, where it has that). More epochs
+            or steps than the run had are trained on; the learning rate is then that of the longer schedule.
         image_column: As in `TrainingConfig`.
         label_column: The same.
 
@@ -79,7 +80,7 @@ def fit(
         CheckpointError: The checkpoint is missing or damaged.
     """
     config = (config or TrainingConfig()).with_columns(image_column, label_column)
-    _check_objective(model.task.objective, config, compute_metrics)
+    check_objective(model.task.objective, config, compute_metrics)
     config = config.for_mode(model.task.masked)
     _check(model, config, eval_dataset, resume_from_checkpoint)
     call = partial(
@@ -183,7 +184,9 @@ def _check(model: TunedModel, config: TrainingConfig, eval_dataset: Any, resume:
         raise ConfigError("resume_from_checkpoint: set output_dir, where the run's checkpoints are")
 
 
-def _check_objective(objective: Objective, config: TrainingConfig, compute_metrics: MetricsFunction | None) -> None:
+def check_objective(
+    objective: Objective, config: TrainingConfig, compute_metrics: MetricsFunction | None = None
+) -> None:
     """Raise `ConfigError` if a setting means nothing for what the labels are."""
     metric = (config.metric_for_best_model or objective.metric).removeprefix("eval_")
     if compute_metrics is None and metric not in objective.metrics:

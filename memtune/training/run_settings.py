@@ -54,12 +54,22 @@ def describe_run(model: TunedModel, config: TrainingConfig, **more: Any) -> dict
     return json.loads(json.dumps(values))
 
 
-def check_same_run(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> None:
+def check_same_run(
+    saved: Mapping[str, Any], own: Mapping[str, Any], folder: Path, *, may_be_longer: bool = False
+) -> None:
     """Raise `ConfigError`, with every difference, unless the run in a folder has the same settings as this one.
 
     A setting that is not in the folder, as it is younger than that, had its default.
+
+    Args:
+        saved: The folder's settings.
+        own: Those of this run.
+        folder: The folder.
+        may_be_longer: Whether this one may have more epochs or steps.
     """
     saved = {each.name: each.default for each in fields(TrainingConfig) if each.name in own} | dict(saved)
+    if may_be_longer and _is_longer(own, saved):
+        saved |= {name: own[name] for name in ("num_train_epochs", "max_steps")}
     differences = [
         f"{name}: got {own.get(name)!r}, the folder has {saved.get(name)!r}"
         for name in sorted(own.keys() | saved.keys())
@@ -70,3 +80,12 @@ def check_same_run(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Pat
             f"output_dir: {folder} holds a run with other settings; take another folder, or those settings:\n  "
             + "\n  ".join(differences)
         )
+
+
+def _is_longer(own: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
+    """Whether a run has more epochs or steps than another, and not fewer of either."""
+    (epochs, steps), (old_epochs, old_steps) = ((each["num_train_epochs"], each["max_steps"]) for each in (own, saved))
+    if not all(isinstance(value, (int, float)) for value in (old_epochs, old_steps)):
+        return False
+    by_steps = steps > 0, old_steps > 0
+    return by_steps[0] == by_steps[1] and (steps >= old_steps if steps > 0 else epochs >= old_epochs)

@@ -13,6 +13,7 @@ import memtune
 from memtune import ApproximatedPromptConfig, CodaPromptConfig, LoraConfig, MemoryConfig, MemtuneError
 from memtune.errors import ConfigError, InputError, UnsupportedBackboneError
 from memtune.explaining.explanation import memory_usage
+from memtune.explaining.pictures import mean_attention
 
 HEADS, WIDTH, HEAD_WIDTH = 2, 16, 8
 LABELS = ["cat", "dog", "bird"]
@@ -338,6 +339,16 @@ def test_pictures(config, tmp_path):
     if isinstance(config, MemoryConfig):
         memory_usage(model, items(2)).save(tmp_path / "usage.png")
         assert_picture(tmp_path / "usage.png")
+
+
+def test_the_large_overlay_is_the_mean_over_the_blocks():
+    """Each block counts alike, however much of its attention falls on patches."""
+    blocks = memtune.explain(build(masked=True), BY_NAME["vit"].images(1)).blocks
+    mean = mean_attention(blocks)
+    for row in range(mean.shape[0]):
+        for column in range(mean.shape[1]):
+            shares = [float(block.patches[row, column]) / float(block.patches.sum()) for block in blocks]
+            assert float(mean[row, column]) == pytest.approx(sum(shares) / len(shares), rel=1e-5)
 
 
 def assert_picture(path):

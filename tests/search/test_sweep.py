@@ -109,8 +109,8 @@ def test_the_best_setting_is_chosen_by_held_out_images_and_measured_on_the_test_
     assert [run.seed for run in result.finals] == [0, 1]
     for run in result.finals:
         assert (run.accuracy, run.loss) == by_hand(result.best.values, run.seed, train, test)
-    assert result.test_accuracy == statistics.fmean(result.test_accuracies)
-    assert result.test_deviation == statistics.stdev(result.test_accuracies)
+    assert result.test_accuracy == statistics.fmean(result.test_scores)
+    assert result.test_deviation == statistics.stdev(result.test_scores)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
     loaded = memtune.load(tmp_path / "seed-1", model)
@@ -126,7 +126,7 @@ def test_the_folder_has_a_table_a_summary_and_a_picture(tmp_path):
     assert [float(row["accuracy"]) for row in rows] == [each.accuracy for each in result.trials]
     summary = json.loads((tmp_path / "sweep.json").read_text())
     assert summary["result"]["best_values"] == result.best.values
-    assert summary["result"]["test_accuracy"] == result.test_accuracy
+    assert summary["result"]["test_score"] == result.test_score
     assert summary["result"]["test_runs"] == 2
     assert summary["settings"]["space"].keys() == SPACE.keys()
     with Image.open(tmp_path / "sweep.png") as picture:
@@ -510,7 +510,7 @@ def test_the_example_searches_on_folders_of_images(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "run" / "sweep.json").read_text())["result"]
     assert list(result["best_values"]) == ["learning_rate", "memory.tokens", "label_smoothing_factor"]
-    assert f"test: {100 * result['test_accuracy']:.2f} % (mean, n = 1)" in done.stdout
+    assert f"test: {100 * result['test_score']:.2f} % (mean, n = 1)" in done.stdout
     assert memtune.load(tmp_path / "run" / "seed-0", backbone()).task.labels == ["dark", "light"]
 
 

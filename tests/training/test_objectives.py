@@ -419,3 +419,52 @@ def test_adapters_of_several_kinds_are_not_merged() -> None:
         merge_adapters([one, other], head=0)
     merged = merge_adapters([other, other], head="mean")
     assert merged.task.problem_type == MULTI
+
+
+@pytest.mark.parametrize(("problem_type", "metric", "greater"), [(MULTI, "f1", True), (NUMBERS, "mae", False)])
+def test_a_search_goes_by_the_score_that_is_asked_for(
+    problem_type: str, metric: str, greater: bool, tmp_path: Path
+) -> None:
+    pytest.importorskip("optuna")
+    data, names = (colours(), COLOURS) if problem_type == MULTI else (brightness(), ["red"])
+    result = memtune.sweep(
+        VIT.build(),
+        LoraConfig(r=2),
+        {"learning_rate": [1e-5, 0.02]},
+        data.select(range(36)),
+        data.select(range(36, 48)),
+        output_dir=tmp_path,
+        training=TrainingConfig(**FAST | {"max_steps": 8, "metric_for_best_model": metric}),
+        n_trials=4,
+        seeds=(0,),
+        validation=0.25,
+        labels=names,
+        problem_type=problem_type,
+        processor=PROCESSOR,
+    )
+    assert len({each.score for each in result.trials}) > 1
+    best = (max if greater else min)(each.score for each in result.trials)
+    assert result.best.score == best
+    loaded = memtune.load(tmp_path / "seed-0", VIT.build())
+    assert memtune.evaluate(loaded, data.select(range(36, 48)))[metric] == result.test_score
+    saved = json.loads((tmp_path / "sweep.json").read_text())["result"]
+    assert (saved["metric"], saved["validation_score"]) == (metric, best)
+    assert (tmp_path / "trials.csv").read_text().splitlines()[0].split(",")[2] == metric
+    assert metric in str(result)
+
+
+def test_a_search_refuses_a_score_that_there_is_not(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    with pytest.raises(ConfigError, match="metric_for_best_model: got 'accuracy'"):
+        memtune.sweep(
+            VIT.build(),
+            LoraConfig(r=2),
+            {"learning_rate": [0.01]},
+            brightness(),
+            output_dir=tmp_path,
+            training=TrainingConfig(metric_for_best_model="accuracy"),
+            labels=["red"],
+            problem_type=NUMBERS,
+            processor=PROCESSOR,
+        )
+    assert not list(tmp_path.iterdir())

@@ -143,7 +143,9 @@ def test_another_run_is_refused(tmp_path):
     fit(tmp_path)
     for more, message in [
         ({"learning_rate": 0.5}, "learning_rate: got 0.5, the folder has 0.005"),
-        ({"num_train_epochs": 5}, "num_train_epochs"),
+        ({"num_train_epochs": 1}, "num_train_epochs: got 1"),
+        ({"max_steps": 4}, "max_steps: got 4"),
+        ({"num_train_epochs": 5, "learning_rate": 0.5}, "learning_rate"),
         ({"ema_decay": None}, "ema_decay"),
     ]:
         with pytest.raises(ConfigError, match=message):
@@ -175,6 +177,26 @@ def test_a_run_that_is_older_than_a_setting_goes_on_with_its_default(tmp_path):
         fit(tmp_path / "b", resume=True, randaugment_magnitude=3)
     values, _ = fit(tmp_path / "b", resume=True)
     assert equal(values, expected)
+
+
+@pytest.mark.parametrize("stop", [None, 3])
+def test_a_run_that_becomes_longer(stop, tmp_path):
+    """The steps after those that were done are those of a run with the longer schedule from there on."""
+    fit(tmp_path, stop=stop, lr_scheduler_type="constant", warmup_ratio=0)
+    values, result = fit(tmp_path, resume=True, num_train_epochs=4, lr_scheduler_type="constant", warmup_ratio=0)
+    expected, whole = fit(tmp_path / "whole", num_train_epochs=4, lr_scheduler_type="constant", warmup_ratio=0)
+    assert result.steps == whole.steps == 2 * STEPS
+    assert equal(values, expected)  # as the schedule is the same however long a run is
+    assert without_times(result) == without_times(whole)
+
+
+def test_the_schedule_of_a_run_that_becomes_longer_is_that_of_the_longer_one(tmp_path):
+    fit(tmp_path)
+    _, result = fit(tmp_path, resume=True, num_train_epochs=4)
+    _, whole = fit(tmp_path / "whole", num_train_epochs=4)
+    rates = [[entry["learning_rate"] for entry in each.history] for each in (result, whole)]
+    assert rates[0][2:] == rates[1][2:]
+    assert rates[0][1] == 0 < rates[0][2]
 
 
 def test_settings_without_effect_may_change(tmp_path):
