@@ -21,7 +21,7 @@ QUICKSTART := .venv/quickstart/bin/python
 ROUNDINGS := ATEN_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MEMTUNE_TEST_THREADS=2
 EXACT := tests/backbones tests/streams tests/methods tests/tasks tests/models
 
-.PHONY: help quickstart test test-fast test-exact fuzz soak lint format clean FORCE
+.PHONY: help docs quickstart test test-fast test-exact fuzz soak lint format clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -53,6 +53,9 @@ lint: .venv/test.stamp  ## check style, format, types, and that rooms import onl
 	$(TEST) -m pyright --pythonpath $(TEST)
 	.venv/test/bin/lint-imports
 
+docs: .venv/docs.stamp  ## build the documentation's site into build/site
+	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --quiet
+
 format: .venv/test.stamp  ## put the code into the project's format
 	$(TEST) -m ruff check --fix
 	$(TEST) -m ruff format
@@ -64,10 +67,11 @@ clean:  ## remove the environments and everything that tools left behind
 # An environment is made anew when its stamp is missing (no install ever came to its end), or when it was made for another
 # folder, Python or constraints file (its key differs). When only pyproject.toml or the constraints changed, it is updated.
 
-EXTRAS_test := dev
-EXTRAS_quickstart := examples
+PACKAGES_test := --editable '.[dev]'
+PACKAGES_quickstart := --editable '.[examples]'
+PACKAGES_docs := mkdocs-material 'mkdocstrings[python]'
 KEY = $(CURDIR) $(PYTHON) $(CONSTRAINTS)
-ENVIRONMENTS := test quickstart
+ENVIRONMENTS := test quickstart docs
 
 $(ENVIRONMENTS:%=.venv/%.key): .venv/%.key: FORCE
 	@mkdir -p .venv
@@ -79,5 +83,5 @@ $(ENVIRONMENTS:%=.venv/%.stamp): .venv/%.stamp: .venv/%.key pyproject.toml $(CON
 	@test -e $@ || $(PYTHON) -m venv --clear .venv/$*
 	@rm -f $@
 	.venv/$*/bin/python -m pip install -qq --no-input --disable-pip-version-check \
-		$(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[$(EXTRAS_$*)]' </dev/null
+		$(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) $(PACKAGES_$*) </dev/null
 	@touch $@

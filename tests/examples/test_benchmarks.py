@@ -97,3 +97,14 @@ def test_memory() -> None:
     assert kept["unmasked_both"] <= kept["unmasked_tokentune"]
     assert kept["unmasked"] < kept["lora"] < kept["full"]
     assert kept["lora_slimfit"] <= kept["lora"]
+
+
+def test_serving() -> None:
+    pytest.importorskip("uvicorn")
+    command = [sys.executable, str(BENCHMARKS / "serving.py"), "--size", "tiny", "--image_size", "32", "--rounds", "1"]
+    command += ["--adapters", "1", "3", "--requests", "8", "--clients", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[3:]]
+    assert [row[0] for row in rows] == ["1", "3"]
+    assert all(float(cell) > 0 for row in rows for cell in row[1:])
