@@ -108,3 +108,29 @@ def test_serving() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[3:]]
     assert [row[0] for row in rows] == ["1", "3"]
     assert all(float(cell) > 0 for row in rows for cell in row[1:])
+
+
+MOST_LAUNCHES = {
+    "1 of memory": 3.0,
+    "16 of memory": 3.6,
+    "1 of memory and LoRA": 4.95,
+    "16 of memory and side network": 5.9,
+    "16 of side network, pooled": 2.3,
+}
+"""Kernels of a pass over those of the bare backbone's: what they are today, so that they do not grow unseen."""
+
+
+def test_launches() -> None:
+    command = [sys.executable, str(BENCHMARKS / "launches.py"), "--image_size", "32", "--batch_size", "4"]
+    done = subprocess.run([*command, "--tasks", "1", "16"], capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = {
+        cells[0]: [float(cell) for cell in cells[1:]]
+        for line in done.stdout.splitlines()[4:]
+        if (cells := [cell.strip() for cell in line.split("|")[1:-1]])
+    }
+    assert rows["the bare backbone"][:2] == [149, 1]
+    for name, most in MOST_LAUNCHES.items():
+        assert 1 < rows[name][1] <= most, name
+    assert rows["16 of memory"][1] < rows["1 of memory"][1] * 1.3  # a block has no loop over tasks
+    assert all(values[3] > 0.01 for values in rows.values())
