@@ -28,7 +28,7 @@ help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## *\(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
 		printf '  make %-12s %s\n' "$$name" "$$text"; done
 
-quickstart: .venv/quickstart.stamp  ## adapt a small frozen vision transformer to real images (3 minutes, no network)
+quickstart: .venv/quickstart.stamp  ## train two tasks apart on a small frozen model, and answer both from one pass (3 minutes, no network)
 	$(QUICKSTART) examples/quickstart.py $(ARGS)
 
 test: .venv/test.stamp  ## run all tests, with coverage

@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+import memtune
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BACKBONE = EXAMPLES / "assets" / "backbone"
@@ -21,15 +24,25 @@ def test_the_backbone_is_small_and_loads():
 
 
 @pytest.mark.slow
-def test_it_compares_saves_loads_and_draws(tmp_path):
-    arguments = ["--num_train_epochs", "1", "--train_images", "200", "--output_dir", str(tmp_path / "digits")]
+def test_two_tasks_from_one_pass(tmp_path):
+    arguments = ["--num_train_epochs", "3", "--train_images", "400", "--output_dir", str(tmp_path / "both")]
     command = [sys.executable, str(EXAMPLES / "quickstart.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = re.findall(r"\| ([a-z -]+) \| ([\d,]+) \| ([\d.]+) % \|", done.stdout)
-    assert [name for name, _, _ in rows] == ["head only", "masked memory", "unmasked memory", "full fine-tuning"]
-    assert [count for _, count, _ in rows][:3] == ["1,290", "4,490", "4,490"]
-    assert re.search(r"\d+ of 24 right", done.stdout)
-    with Image.open(tmp_path / "digits" / "predictions.png") as picture:
+    rows = re.findall(r"\| (tens|ones) \| ([a-z ]+) \| ([\d,]+) \| ([\d.]+) % \|", done.stdout)
+    kinds = ["head only", "memory and side network"]
+    assert [row[:2] for row in rows] == [(task, name) for task in ("tens", "ones") for name in kinds]
+    assert [count for _, _, count, _ in rows] == ["1,290", "146,954"] * 2
+    for head, adapter in (rows[:2], rows[2:]):
+        assert float(adapter[3]) > float(head[3]) > 10
+    times = dict(re.findall(r"\| ([\w',' ]+) \| (\d+) \|$", done.stdout, re.MULTILINE))
+    assert len(times) == 4
+    assert int(times["memtune, one pass"]) < int(times["memtune, a pass for each"])
+    assert re.search(r"\d+ of 24 right in both", done.stdout)
+    with Image.open(tmp_path / "both" / "predictions.png") as picture:
         assert picture.width > 500
-    assert (tmp_path / "digits" / "adapter_model.safetensors").is_file()
+    assert sorted(memtune.MultiTaskModel.from_pretrained(tmp_path / "both", load()).tasks) == ["ones", "tens"]
+
+
+def load():
+    return AutoModelForImageClassification.from_pretrained(BACKBONE, dtype=torch.float32)
