@@ -8,6 +8,7 @@ than finding out whether the weight has changed, so there autocast does as ever.
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .keeping import Kept
 class FrozenLinear(nn.Linear):
     """A frozen linear layer of a view that keeps its weight and bias in the type that autocast asks for."""
 
-    _kept: dict[str, Any]
+    _kept: dict[str, Kept[Tensor]]
     _casts: dict[str, Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
@@ -39,12 +40,16 @@ class FrozenLinear(nn.Linear):
         return cast
 
 
-_KEPT: MutableMapping[Any, Kept[Tensor]] = WeakIdKeyDictionary()
-"""What is kept of each parameter, for all views that have it."""
+@dataclass
+class _Casts:
+    """What is cast of a layer, by the names of its parameters, for all views that have it."""
+
+    kept: dict[str, Kept[Tensor]]
+    casts: dict[str, Tensor] = field(default_factory=dict)
 
 
-def _kept_of(parameter: Tensor | None) -> Kept[Tensor] | None:
-    return None if parameter is None else _KEPT.setdefault(parameter, Kept(_cast))
+_OF_LAYERS: MutableMapping[Any, _Casts] = WeakIdKeyDictionary()
+"""The casts of each layer, by its weight."""
 
 
 def _cast(parameter: Tensor) -> Tensor:
@@ -59,5 +64,5 @@ def keep_casts(module: nn.Module) -> None:
     for layer in module.modules():
         if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter:
             layer.__class__ = FrozenLinear
-            layer.__dict__["_casts"] = {}
-            layer.__dict__["_kept"] = {name: _kept_of(value) for name, value in layer._parameters.items()}
+            shared = _OF_LAYERS.setdefault(layer.weight, _Casts({name: Kept(_cast) for name in layer._parameters}))
+            layer.__dict__["_kept"], layer.__dict__["_casts"] = shared.kept, shared.casts

@@ -129,9 +129,9 @@ def test_casts_are_shared_by_views_and_go_with_the_backbone() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for model in models:
             model(BY_NAME["vit"].images())
-    kept = len(casting._KEPT)
+    kept = len(casting._OF_LAYERS)
     weight = weakref.ref(backbone.layers[0].mlp.fc1.weight)
     del backbone, models, model
     gc.collect()
     assert weight() is None
-    assert len(casting._KEPT) < kept
+    assert len(casting._OF_LAYERS) < kept
