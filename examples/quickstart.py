@@ -179,7 +179,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model_name_or_path", default=str(BACKBONE), help="a folder, or a model on the Hub")
     add("--output_dir", default="quickstart-output", help="where the adapters and the picture go")
-    add("--num_train_epochs", type=int, default=12, help="passes over the training images")
+    add("--num_train_epochs", type=int, default=10, help="passes over the training images")
     add("--train_images", type=int, default=1000, help="number of training images, at most 1,000")
     add("--seed", type=int, default=0, help="of the initial values and the order of images")
     add("--predict", action="store_true", help="only load the saved adapters and draw their answers")
