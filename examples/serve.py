@@ -37,6 +37,7 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification
 
 import memtune
+from memtune.models import TaskScores
 
 Answers = dict[str, Tensor]
 """Of one image the logits (classes,) of each task that it was asked for."""
@@ -120,7 +121,7 @@ class Batches:
         while len(batch) < self._most:
             try:
                 request = await asyncio.wait_for(self._waiting.get(), max(end - time.monotonic(), 0))
-            except TimeoutError:
+            except asyncio.TimeoutError:  # another one than the built-in in Python 3.10
                 break
             if request.pixel_values.shape != batch[0].pixel_values.shape:
                 await self._waiting.put(request)
@@ -195,7 +196,7 @@ class Service:
         top_k: Annotated[int, Query(ge=1)] = 1,
     ) -> dict[str, list[dict[str, Any]]]:
         """The best labels of some tasks, or of all, for the image whose file is the body."""
-        names = self._known(task or [])
+        names, there = self._known(task or []), self._model.arrangement.tasks
         picture = await run_in_threadpool(read_image, image)
         processor = partial(self._model.shared_processor(), return_tensors="pt")
         pixel_values = (await run_in_threadpool(processor, picture)).pixel_values
@@ -203,7 +204,7 @@ class Service:
             answers = await self._batches.ask(pixel_values, names)
         except memtune.MemtuneError as error:  # a task that has been removed meanwhile
             raise HTTPException(409, str(error)) from error
-        return {name: best(self._model, name, logits, top_k) for name, logits in answers.items()}
+        return {name: TaskScores(there[name], logits[None]).best(top_k)[0] for name, logits in answers.items()}
 
     def _known(self, names: Sequence[str]) -> tuple[str, ...]:
         """The tasks that are asked for; without names all that have labels."""
@@ -243,16 +244,6 @@ def create_app(
     app.delete("/tasks/{name}")(service.remove)
     app.post("/predict")(service.predict)
     return app
-
-
-def best(model: memtune.MultiTaskModel, name: str, logits: Tensor, top_k: int) -> list[dict[str, Any]]:
-    """The best labels of a task with their scores."""
-    task = model.arrangement.tasks[name]
-    scores, places = task.objective.scores(logits.float()).topk(min(top_k, len(task.labels)))
-    return [
-        {"label": task.labels[place], "score": score}
-        for score, place in zip(scores.tolist(), places.tolist(), strict=True)
-    ]
 
 
 def main() -> None:

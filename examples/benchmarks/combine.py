@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from pairs import compare
-from speed import CLASSES, SIZES, create_backbone, forward
+from speed import CLASSES, add_backbone_arguments, create_backbone, forward
 
 import memtune
 from memtune import LoraConfig, MemoryConfig
@@ -35,10 +35,8 @@ Create = Callable[[], Callable[[], object]]
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_backbone_arguments(parser)
     add = parser.add_argument
-    add("--size", choices=SIZES, default="small", help="the vision transformer, with 12 blocks")
-    add("--image_size", type=int, default=224)
-    add("--patch_size", type=int, default=16)
     add("--batch_size", type=int, default=8, help="images that all tasks answer")
     add("--mixed_images", type=int, default=64, help="images of the mixed batch, each with a task of its own")
     add("--tasks", type=int, nargs="+", default=[1, 4, 16, 64], help="numbers of masked tasks")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from combine import create_peft
-from speed import CLASSES, SIZES, create_backbone
+from speed import CLASSES, add_backbone_arguments, create_backbone
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,10 +65,8 @@ def count(run: Callable[[], object]) -> tuple[Counter[str], int]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_backbone_arguments(parser)
     add = parser.add_argument
-    add("--size", choices=SIZES, default="small", help="the vision transformer")
-    add("--image_size", type=int, default=224)
-    add("--patch_size", type=int, default=16)
     add("--batch_size", type=int, default=8)
     add("--tasks", type=int, nargs="+", default=[1, 4, 16, 64])
     add("--rank", type=int, default=8, help="of PEFT's LoRA")

@@ -23,7 +23,7 @@ import psutil
 import safetensors.torch
 import torch
 from pairs import compare
-from speed import CLASSES, SIZES, create_backbone, forward
+from speed import CLASSES, add_backbone_arguments, create_backbone, forward
 
 import memtune
 
@@ -32,10 +32,8 @@ WEIGHTS = "adapter_model.safetensors"
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_backbone_arguments(parser, "base")
     add = parser.add_argument
-    add("--size", choices=SIZES, default="base", help="the vision transformer, with 12 blocks")
-    add("--image_size", type=int, default=224)
-    add("--patch_size", type=int, default=16)
     add("--adapters", type=int, default=1000)
     add("--tokens", type=int, default=4, help="memory tokens in each block")
     add("--mixed_images", type=int, default=64, help="images of the mixed batch, each with a task of its own")

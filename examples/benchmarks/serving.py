@@ -27,7 +27,7 @@ import torch
 import uvicorn
 from combine import create_peft
 from PIL import Image
-from speed import CLASSES, SIZES, create_backbone
+from speed import CLASSES, add_backbone_arguments, create_backbone
 from torch import Tensor
 from transformers import ViTImageProcessorPil
 
@@ -42,10 +42,8 @@ KINDS = {"memory": MemoryConfig(4), "memory and LoRA": [MemoryConfig(4), LoraCon
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_backbone_arguments(parser)
     add = parser.add_argument
-    add("--size", choices=SIZES, default="small", help="the vision transformer")
-    add("--image_size", type=int, default=224)
-    add("--patch_size", type=int, default=16)
     add("--method", choices=KINDS, default="memory", help="of memtune's masked adapters")
     add("--rank", type=int, default=8, help="of PEFT's LoRA")
     add("--adapters", type=int, nargs="+", default=[1, 16, 256])

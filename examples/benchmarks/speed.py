@@ -31,12 +31,17 @@ SIZES = {
 CLASSES = 10
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="small", help="the vision transformer, with 12 blocks")
-    parser.add_argument("--batch_size", type=int, default=16)
+def add_backbone_arguments(parser: argparse.ArgumentParser, size: str = "small") -> None:
+    """Add the options that say what `create_backbone` makes."""
+    parser.add_argument("--size", choices=SIZES, default=size, help="the vision transformer, with 12 blocks")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--patch_size", type=int, default=16)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_backbone_arguments(parser)
+    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=4, help="memory tokens in each block")
     parser.add_argument("--rank", type=int, default=8, help="of the LoRA of PEFT to compare with")
     parser.add_argument("--pairs", type=int, default=15, help="pairs measured of each kind")

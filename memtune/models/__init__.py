@@ -13,6 +13,7 @@ from .pipelines import pipeline as pipeline
 from .prediction import Prediction as Prediction
 from .prediction import Predictions as Predictions
 from .prediction import TableWriter as TableWriter
+from .prediction import TaskScores as TaskScores
 from .prediction import caption as caption
 from .prediction import lines_of as lines_of
 from .tuned import TunedModel as TunedModel

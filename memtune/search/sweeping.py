@@ -28,7 +28,7 @@ from ..methods import AdapterConfig, as_config
 from ..models import TunedModel, wrap
 from ..preparation import TrainingConfig, make_accelerator, make_augmentation, make_mixing
 from ..tasks import IGNORED, check_label_names, find_objective
-from ..training import check_objective, describe_run, fit, is_better_greater
+from ..training import check_objective, describe_run, fit, is_better_greater, score_to_compare
 from ..trunk_cache import check_cacheable
 from .folder import Sampler, SweepFolder, digest_of_numbers
 from .result import FinalRun, SweepResult
@@ -110,7 +110,7 @@ def sweep(
     new_figure()  # both are asked for now, and not after hours
     training = (training or TrainingConfig()).for_mode(masked)
     objective = find_objective(problem_type)
-    metric = (training.metric_for_best_model or objective.metric).removeprefix("eval_")
+    metric = score_to_compare(training, objective)
     check_objective(objective, training)
     _check_counts(n_trials, seeds)
     several = config if isinstance(config, Sequence) and not isinstance(config, str) else [config]
@@ -140,11 +140,8 @@ def sweep(
     }
     make_accelerator(training)  # which finds the other processes, where there are some
     path, weights = Path(output_dir), fingerprint(Backbone(backbone))
-    greater = training.greater_is_better
-    comparing = {
-        "metric": metric,
-        "greater_is_better": is_better_greater(metric) if greater is None else greater,
-    }
+    greater = is_better_greater(metric, training.greater_is_better)
+    comparing = {"metric": metric, "greater_is_better": greater}
     search = _Search(
         runs, path, lambda: SweepFolder(path, chosen, settings, weights, sampler, training.seed, **comparing)
     )

@@ -1,6 +1,7 @@
 """Training on Accelerate: the loop, its checkpoints, and what others do at each step."""
 
 from .averaging import is_better_greater as is_better_greater
+from .averaging import score_to_compare as score_to_compare
 from .callbacks import TrainingCallback as TrainingCallback
 from .closed_form import ClosedFormResult as ClosedFormResult
 from .closed_form import FeatureSums as FeatureSums

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..errors import CheckpointError, ConfigError
-from ..tasks import Task
+from ..preparation import TrainingConfig
+from ..tasks import Objective, Task
 
 _ERRORS = ("loss", "mse", "mae", "rmse", "error")
 """Scores of which, or of whose last part, less is better."""
@@ -62,9 +63,14 @@ class MovingAverage:
         self._average.n_averaged.fill_(state["steps"])
 
 
-def is_better_greater(metric: str) -> bool:
-    """Whether larger values of a score are better, by what its name says."""
-    return metric.rpartition("_")[2] not in _ERRORS
+def score_to_compare(config: TrainingConfig, objective: Objective) -> str:
+    """The name of the score that evaluations are compared by."""
+    return (config.metric_for_best_model or objective.metric).removeprefix("eval_")
+
+
+def is_better_greater(metric: str, asked: bool | None = None) -> bool:
+    """Whether larger values of a score are better: what was asked for, else what its name says."""
+    return metric.rpartition("_")[2] not in _ERRORS if asked is None else asked
 
 
 class BestValues:
@@ -84,7 +90,7 @@ class BestValues:
         self.tensors: dict[str, Tensor] | None = None
         self.waited = 0
         self._metric = metric
-        self._greater = is_better_greater(metric) if greater_is_better is None else greater_is_better
+        self._greater = is_better_greater(metric, greater_is_better)
         self.scores: dict[str, float] = {}
 
     def update(self, scores: dict[str, float], task: Task) -> None:

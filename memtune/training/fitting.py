@@ -20,6 +20,7 @@ from ..preparation import TrainingConfig, borrowed_state, check_folders, make_ac
 from ..storage import sized
 from ..tasks import Objective, Regression, SingleLabel
 from ..trunk_cache import check_cacheable
+from .averaging import score_to_compare
 from .callbacks import TrainingCallback
 from .result import TrainingResult
 from .run import LossFunction, TrainingRun
@@ -188,7 +189,7 @@ def check_objective(
     objective: Objective, config: TrainingConfig, compute_metrics: MetricsFunction | None = None
 ) -> None:
     """Raise `ConfigError` if a setting means nothing for what the labels are."""
-    metric = (config.metric_for_best_model or objective.metric).removeprefix("eval_")
+    metric = score_to_compare(config, objective)
     if compute_metrics is None and metric not in objective.metrics:
         raise ConfigError(
             f"metric_for_best_model: got {config.metric_for_best_model!r}, expected one of {objective.metrics}, or one "

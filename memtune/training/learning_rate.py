@@ -34,7 +34,7 @@ from ..preparation import (
     release,
 )
 from .fitting import check_objective
-from .optimization import class_weights, make_optimizer
+from .optimization import class_weights, make_optimizer, plain_loss
 
 _SMOOTHING = 0.9
 """Share of the mean loss so far that a step keeps."""
@@ -170,8 +170,7 @@ def _losses(model: TunedModel, dataset: Any, config: TrainingConfig, rates: list
             batch = next(each for each in batches if objective.kept(each["labels"]).any())
             outputs = run_batch(trained, batch, config)
             assert outputs.logits is not None
-            smoothing = config.label_smoothing_factor or 0.0
-            loss = objective.loss(outputs.logits, batch["labels"], label_smoothing=smoothing, weights=weights)
+            loss = plain_loss(objective, outputs.logits, batch["labels"], config, weights)
             if (penalty := model.task.penalty()) is not None:
                 loss = loss + penalty
             mean = _SMOOTHING * mean + (1 - _SMOOTHING) * loss.item()

@@ -15,7 +15,7 @@ from ..data import Items
 from ..errors import ConfigError
 from ..models import TunedModel
 from ..preparation import TrainingConfig
-from ..tasks import IGNORED
+from ..tasks import IGNORED, Objective
 
 _BLOCK = re.compile(r"\.blocks\.(\d+)\.")
 
@@ -79,6 +79,14 @@ def class_weights(config: TrainingConfig, items: Items, classes: int, device: to
     counts = torch.bincount(labels, minlength=classes).float()
     weights = torch.where(counts > 0, counts.sum() / ((counts > 0).sum() * counts.clamp_min(1)), 0.0)
     return weights.to(device)
+
+
+def plain_loss(
+    objective: Objective, logits: Tensor, labels: Tensor, config: TrainingConfig, weights: Tensor | None
+) -> Tensor:
+    """The mean loss of a batch with the smoothing of the settings and the weights of the classes."""
+    smoothing = config.label_smoothing_factor or 0.0
+    return objective.loss(logits, labels, label_smoothing=smoothing, weights=weights)
 
 
 def _distance(name: str, depth: int) -> int:

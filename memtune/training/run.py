@@ -39,10 +39,10 @@ from ..preparation import (
     shard,
     whole,
 )
-from .averaging import BestValues, MovingAverage
+from .averaging import BestValues, MovingAverage, score_to_compare
 from .callbacks import TrainingCallback
 from .checkpoint import RunCheckpoints, check_optimizer, is_like
-from .optimization import class_weights, make_optimizer, make_schedule
+from .optimization import class_weights, make_optimizer, make_schedule, plain_loss
 from .result import Progress, TrainingResult
 from .run_settings import describe_run
 
@@ -85,8 +85,8 @@ class TrainingRun:
         self._begun: list[TrainingCallback] = []
         self._compute_metrics = compute_metrics
         self._objective = model.task.objective
-        metric = config.metric_for_best_model or self._objective.metric
-        self._best = BestValues(metric.removeprefix("eval_"), greater_is_better=config.greater_is_better)
+        metric = score_to_compare(config, self._objective)
+        self._best = BestValues(metric, greater_is_better=config.greater_is_better)
         self._average = None if config.ema_decay is None else MovingAverage(model.task, config.ema_decay)
         self._augmentation = make_augmentation(config)
         self._mixing = make_mixing(config, len(model.task.labels))
@@ -284,8 +284,7 @@ class TrainingRun:
         if self._given_loss is not None:
             return self._given_loss(outputs, labels)
         assert outputs.logits is not None
-        smoothing = self.config.label_smoothing_factor or 0.0
-        return self._objective.loss(outputs.logits, labels, label_smoothing=smoothing, weights=self._weights)
+        return plain_loss(self._objective, outputs.logits, labels, self.config, self._weights)
 
     def _group_scale(self) -> float:
         """What makes a batch's loss count as one of those of its step: the last step of an epoch may have fewer."""
