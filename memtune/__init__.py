@@ -3,12 +3,14 @@
 Its parts are imported when they are first asked for, so that the command line can answer without torch.
 """
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__ as __version__
 from .errors import MemtuneError as MemtuneError
+from .moved import MovedModules
 
 if TYPE_CHECKING:
     from . import arithmetic as arithmetic
@@ -61,6 +63,8 @@ _NAMES = {
     "training": ("find_learning_rate", "fit", "fit_closed_form"),
 }
 _ROOM_OF = {name: room for room, names in _NAMES.items() for name in names}
+
+sys.meta_path.append(MovedModules())
 
 __all__ = [
     "Adapter",

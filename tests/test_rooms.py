@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 import memtune
+from memtune.moved import MOVED
 
 ROOT = Path(memtune.__file__).parent
 
@@ -73,7 +74,7 @@ def test_public_names_are_those_that_are_written_down_twice() -> None:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert written - {"import_module", "find_spec", "TYPE_CHECKING", "Any"} == set(memtune.__all__)
+    assert written - {"import_module", "find_spec", "MovedModules", "TYPE_CHECKING", "Any"} == set(memtune.__all__)
     assert all(getattr(memtune, name) is not None for name in memtune.__all__)
     assert set(memtune.__all__) <= set(dir(memtune))
     assert isinstance(memtune.errors, ModuleType)
@@ -88,3 +89,23 @@ def test_the_command_line_answers_without_torch(arguments: str) -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, *arguments.split()], check=True, capture_output=True)
+
+
+def test_modules_are_found_by_the_names_that_they_had_before_there_were_rooms() -> None:
+    modules = {".".join(("memtune", *path.relative_to(ROOT).with_suffix("").parts)) for path in ROOT.rglob("*.py")}
+    for old, new in MOVED.items():
+        assert f"memtune.{old}" not in modules
+        assert f"memtune.{old}.__init__" not in modules
+        sys.modules.pop(f"memtune.{old}", None)
+        with pytest.warns(FutureWarning, match=rf"memtune\.{old} is memtune\.{new} now"):
+            found = importlib.import_module(f"memtune.{old}")
+        assert found is importlib.import_module(f"memtune.{new}")
+        assert found.__spec__ is not None
+        assert found.__spec__.name == f"memtune.{new}"
+
+
+def test_a_name_that_no_module_ever_had_is_not_found() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"memtune\.nothing"):
+        importlib.import_module("memtune.nothing")
+    with pytest.raises(ModuleNotFoundError, match=r"memtune\.tasks\.checkpoint"):
+        importlib.import_module("memtune.tasks.checkpoint")

@@ -44,6 +44,7 @@ METHODS: dict[str, tuple[Any, bool, dict[str, Any]]] = {
     "masked memory": (MemoryConfig(4), True, {}),
     "masked memory and LoRA": ([MemoryConfig(4), LoraConfig(r=8)], True, {}),
     "masked memory and side": ([MemoryConfig(4), SideNetworkConfig()], True, {}),
+    "masked memory, LoRA and side": ([MemoryConfig(4), LoraConfig(r=8), SideNetworkConfig()], True, {}),
     "masked side": (SideNetworkConfig(), True, {}),
     "masked memory and side 16": ([MemoryConfig(4), SideNetworkConfig(16)], True, {}),
     "masked memory and side 48": ([MemoryConfig(4), SideNetworkConfig(48)], True, {}),

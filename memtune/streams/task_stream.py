@@ -7,8 +7,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..backbones import Backbone
-from ..casting import keep_casts
 from .attention import install
+from .casting import keep_casts
 from .passes import Pass
 from .stream import Stream
 

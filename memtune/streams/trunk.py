@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import Backbone
-from ..casting import keep_casts
 from .attention import check_visited, install
+from .casting import keep_casts
 from .following import Followers
 from .passes import Pass
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .keeping import Kept
+from ..keeping import Kept
 
 
 class FrozenLinear(nn.Linear):

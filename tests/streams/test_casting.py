@@ -10,9 +10,9 @@ from backbone_zoo import BY_NAME
 from torch import nn
 
 import memtune
-from memtune import casting
 from memtune.backbones.views import shadow
-from memtune.casting import FrozenLinear, keep_casts
+from memtune.streams import casting
+from memtune.streams.casting import FrozenLinear, keep_casts
 
 
 @pytest.fixture
