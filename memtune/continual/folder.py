@@ -19,7 +19,7 @@ from ..backbones import Backbone
 from ..errors import CheckpointError
 from ..models import TunedModel
 from ..preparation import TrainingConfig
-from ..storage import check_backbone, current, read_folder, read_json, replace_files
+from ..storage import check_backbone, place_of, read_folder, read_json, replace_files
 from ..training import check_same_run, describe_run
 from .result import ContinualResult
 
@@ -73,7 +73,7 @@ class RunFolder:
 
     def resume(self, model: TunedModel) -> ContinualResult | None:
         """Bring the model to where the folder's run is, and give its result so far; None where there is no run."""
-        if not current(self._path, STATE_NAME).is_file():
+        if not place_of(self._path, STATE_NAME).is_file():
             return None
         values = read_state(self._path)
         check_same_run(values["settings"], self._settings, self._path)
@@ -94,7 +94,7 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: There is no run in the folder, or its state is damaged or of an unknown format.
     """
-    path = current(Path(folder), STATE_NAME)
+    path = place_of(Path(folder), STATE_NAME)
     try:
         values = read_json(path)
         version = values["format_version"]

@@ -204,9 +204,9 @@ class _SideBlock:
                 "trunk: got a pass that does not say how its patches lie, which a side network has to know; make it "
                 "with the model's trunk_pass"
             )
-        prefix, rows, columns = trunk.grid
+        prefix, height, width = trunk.grid
         down = self._down()
-        values = side_by_side(trunk.value)[:, : prefix + rows * columns].to(down.dtype)
+        values = side_by_side(trunk.value)[:, : prefix + height * width].to(down.dtype)
         states = self._down_norm(_all_tasks(values, down))
         if self._before is not None:
             states = states + current.side[self._before]
@@ -217,7 +217,7 @@ class _SideBlock:
         alone = normed if self._conv is None else normed[:, :prefix]
         mixed = [] if self._own is None else [_each_task(alone, self._own(), bias)]
         if self._conv is not None:
-            mixed.append(_convolved(normed[:, prefix:].unflatten(1, (rows, columns)), self._conv(), bias))
+            mixed.append(_convolved(normed[:, prefix:].unflatten(1, (height, width)), self._conv(), bias))
         mixed = gelu(torch.cat(mixed, dim=1))
         states = states + _each_task(mixed, self._out(), self._out_bias())
         current.side[self._key] = states

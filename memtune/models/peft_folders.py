@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..backbones import HEAD_NAME, Backbone
 from ..errors import CheckpointError, ConfigError
 from ..methods import LoraConfig, locate
-from ..storage import PEFT_CONFIG_NAME, PEFT_PREFIX, PEFT_WEIGHTS_NAME, current, read_json, read_tensors, read_together
+from ..storage import PEFT_CONFIG_NAME, PEFT_PREFIX, PEFT_WEIGHTS_NAME, place_of, read_json, read_tensors, read_together
 from ..tasks import Task, as_classifier, no_head_message
 from .tuned import TunedModel
 
@@ -70,7 +70,7 @@ def import_peft(
 def _read(folder: Path) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
     """The settings, without those that say again what the tensors' keys say, and the tensors."""
     names = (PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME)
-    missing = [name for name in names if not current(folder, name).is_file()]
+    missing = [name for name in names if not place_of(folder, name).is_file()]
     if missing:
         raise CheckpointError(
             f"{folder} is no folder of PEFT's: {' and '.join(missing)} not found (files of pickles are not read)"
@@ -78,8 +78,8 @@ def _read(folder: Path) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
     try:
         values, tensors = read_together(
             folder,
-            lambda: [current(folder, name) for name in names],
-            lambda: (read_json(current(folder, PEFT_CONFIG_NAME)), read_tensors(current(folder, PEFT_WEIGHTS_NAME))),
+            lambda: [place_of(folder, name) for name in names],
+            lambda: (read_json(place_of(folder, PEFT_CONFIG_NAME)), read_tensors(place_of(folder, PEFT_WEIGHTS_NAME))),
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from error

@@ -8,7 +8,7 @@ from .adapter_folder import make_task as make_task
 from .adapter_folder import read_folder as read_folder
 from .adapter_folder import to_state as to_state
 from .adapter_folder import write_folder as write_folder
-from .atomic import current as current
+from .atomic import place_of as place_of
 from .atomic import publish_folder as publish_folder
 from .atomic import remove_folder as remove_folder
 from .atomic import replace_files as replace_files

@@ -33,7 +33,7 @@ from ..backbones import Backbone, fingerprint, head_fingerprint, same_weights
 from ..errors import BackboneMismatchError, CheckpointError, ConfigError
 from ..methods import AdapterConfig, read_config
 from ..tasks import RandomFeatures, SingleLabel, Task, find_objective
-from .atomic import current, replace_files, settle
+from .atomic import place_of, replace_files, settle
 from .card import CardDetails, hub_name, public_name, write_card
 from .processors import PROCESSOR_NAME, make_processor, save_processor
 from .reading import parse_json, read_json, read_tensors, read_together
@@ -127,7 +127,7 @@ def write_folder(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"got {folder}, which is a file; an adapter is saved as a folder")
-    wrote_processor = _has_processor(current(folder, CONFIG_NAME))
+    wrote_processor = _has_processor(place_of(folder, CONFIG_NAME))
     with replace_files(folder) as staging:
         write_files(staging, task, model, processor, name, details)
     if processor is None and wrote_processor:
@@ -192,11 +192,11 @@ def remove_files(folder: Path) -> None:
     if folder.is_symlink() or not folder.is_dir():
         return
     try:
-        config = read_json(current(folder, CONFIG_NAME))
+        config = read_json(place_of(folder, CONFIG_NAME))
         _check_version(config, folder / CONFIG_NAME)
     except CheckpointError:
         return  # whatever it is, it is no adapter
-    card = current(folder, CARD_NAME)
+    card = place_of(folder, CARD_NAME)
     names = [WEIGHTS_NAME, *[PROCESSOR_NAME] * _says_processor(config)]
     if card.is_file() and _CARD_MARK in card.read_text(encoding="utf-8", errors="replace"):
         names.append(CARD_NAME)
@@ -238,7 +238,7 @@ def read_folder(folder: str | Path, within: Path | None = None) -> AdapterFolder
         )
 
     def find() -> list[Path]:
-        return [current(folder, name, within) for name in (CONFIG_NAME, WEIGHTS_NAME, PROCESSOR_NAME)]
+        return [place_of(folder, name, within) for name in (CONFIG_NAME, WEIGHTS_NAME, PROCESSOR_NAME)]
 
     return read_together(folder, find, lambda: _read(folder, *find()))
 
@@ -249,7 +249,7 @@ def _read(folder: Path, config_path: Path, weights_path: Path, processor_path: P
     missing = [name for name, path in ((CONFIG_NAME, config_path), (WEIGHTS_NAME, weights_path)) if not path.exists()]
     if missing:
         whose = " (it is that of a model of many tasks: use memtune.MultiTaskModel.from_pretrained)"
-        of_many = whose if current(folder, "multi_task_config.json").exists() else ""
+        of_many = whose if place_of(folder, "multi_task_config.json").exists() else ""
         raise CheckpointError(
             f"{folder} is no adapter folder: {' and '.join(missing)} not found{of_many}; save_pretrained writes one"
         )

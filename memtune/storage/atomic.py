@@ -2,7 +2,7 @@
 
 New files are written into a staging folder beside the old ones. Renaming that folder to `.memtune-commit` is the
 commit: from then on its files count, whether or not they have been moved to their places yet. A process killed before
-it leaves the old files; one killed after it leaves the new ones, which `current` finds and the next save moves.
+it leaves the old files; one killed after it leaves the new ones, which `place_of` finds and the next save moves.
 
 What is staged may hold folders of files: each moves as a whole, to be the commit of the folder of its name.
 """
@@ -73,7 +73,7 @@ def _replaced(folder: Path) -> Iterator[Path]:
     _finish(folder)
 
 
-def current(folder: Path, name: str, within: Path | None = None) -> Path:
+def place_of(folder: Path, name: str, within: Path | None = None) -> Path:
     """Where the valid file of that name lies, if there is one.
 
     Args:
@@ -85,7 +85,7 @@ def current(folder: Path, name: str, within: Path | None = None) -> Path:
     commits = [folder / _COMMIT] if within is None else [within / _COMMIT, within / _COMMIT / folder.name]
     if not any(each.is_symlink() for each in commits) and (commits[-1] / name).is_file():  # a link is none of ours
         return commits[-1] / name
-    return folder / name if within is None else current(folder, name)
+    return folder / name if within is None else place_of(folder, name)
 
 
 def _finish(folder: Path) -> None:

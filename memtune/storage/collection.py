@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from ..errors import CheckpointError, ConfigError
 from ..tasks import Task
 from .adapter_folder import CARD_NAME, AdapterFolder, read_folder, remove_files, write_files
-from .atomic import current, replace_files
+from .atomic import place_of, replace_files
 from .card import hub_name, in_code, public_name
 from .reading import read_json, read_together
 
@@ -59,7 +59,7 @@ def write_collection(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"got {folder}, which is a file; a model of many tasks is saved as a folder")
-    before = _folders_before(folder) if current(folder, INDEX_NAME).is_file() else set()
+    before = _folders_before(folder) if place_of(folder, INDEX_NAME).is_file() else set()
     tasks = _in_order(tasks)
     folders = _folder_names(tasks)
     stale = sorted(before - set(folders.values()))
@@ -78,7 +78,7 @@ def write_collection(
 
 def is_collection(folder: str | Path) -> bool:
     """Whether a folder says that it is that of a model of many tasks."""
-    return current(Path(folder), INDEX_NAME).is_file()
+    return place_of(Path(folder), INDEX_NAME).is_file()
 
 
 def read_collection(folder: str | Path) -> dict[str, AdapterFolder]:
@@ -98,7 +98,7 @@ def read_collection(folder: str | Path) -> dict[str, AdapterFolder]:
                 raise CheckpointError(f"task {name!r}: {error}") from error
         return adapters
 
-    return read_together(folder, lambda: [current(folder, INDEX_NAME)], read)
+    return read_together(folder, lambda: [place_of(folder, INDEX_NAME)], read)
 
 
 def _in_order(tasks: Mapping[str, Task]) -> dict[str, Task]:
@@ -169,7 +169,7 @@ def _folder_names(tasks: Iterable[str]) -> dict[str, str]:
 def _folders_before(folder: Path) -> set[str]:
     """The folders of the tasks that are there, and of those that were."""
     tasks = set(read_index(folder).values())
-    removed = read_json(current(folder, INDEX_NAME)).get("removed", [])
+    removed = read_json(place_of(folder, INDEX_NAME)).get("removed", [])
     return tasks | ({each for each in removed if _is_name(each)} if isinstance(removed, list) else set())
 
 
@@ -179,7 +179,7 @@ def read_index(folder: str | Path) -> dict[str, str]:
     Raises:
         CheckpointError: The index is missing, damaged, of a newer format, or leads out of the folder.
     """
-    path = current(Path(folder), INDEX_NAME)
+    path = place_of(Path(folder), INDEX_NAME)
     if not path.exists():
         raise CheckpointError(f"{folder} has no {INDEX_NAME}: it is no folder of a multi-task model")
     try:

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from .._version import __version__
 from ..errors import CheckpointError, ConfigError, HubError
 from .adapter_folder import CARD_NAME, CONFIG_NAME, PROCESSOR_NAME, STATE_NAME, WEIGHTS_NAME, AdapterFolder
-from .atomic import current
+from .atomic import place_of
 from .card import public_name
 from .collection import INDEX_NAME, read_index
 from .hub_errors import explain, is_temporary, root_cause
@@ -193,11 +193,11 @@ def _operations(folder: Path, info: ModelInfo) -> list[CommitOperationAdd | Comm
     """What makes the adapter's files in a repository those of a folder."""
     there = {sibling.rfilename for sibling in info.siblings or []}
     names = list(_FILES)
-    if current(folder, INDEX_NAME).is_file():
+    if place_of(folder, INDEX_NAME).is_file():
         earlier = (name.removesuffix(f"/{CONFIG_NAME}") for name in there if name.endswith(f"/{CONFIG_NAME}"))
         folders = {*read_index(folder).values(), *(name for name in earlier if "/" not in name)}
         names = [INDEX_NAME, CARD_NAME, *(f"{each}/{name}" for each in sorted(folders) for name in _FILES)]
-    paths = {name: current((folder / name).parent, Path(name).name) for name in names}
+    paths = {name: place_of((folder / name).parent, Path(name).name) for name in names}
     additions = [CommitOperationAdd(name, path) for name, path in paths.items() if path.is_file()]
     stale = [name for name, path in paths.items() if not path.is_file() and name in there]
     return [*additions, *(CommitOperationDelete(name) for name in stale)]

@@ -98,7 +98,7 @@ def read_together(folder: Path, find: Callable[[], Sequence[Path]], read: Callab
 
     Args:
         folder: The folder, for errors.
-        find: Where the files lie at present (see `current`), whether they are there or not.
+        find: Where the files lie at present (see `place_of`), whether they are there or not.
         read: Reads them; called again if they were replaced while it did.
 
     Raises:

@@ -139,8 +139,8 @@ def trunk_attention(
     bias = None if attention_mask is None else attention_mask[..., :1, :]
     grid = None
     if memtune_pass.patches is not None:
-        rows, columns = memtune_pass.patches
-        grid = Grid(key.shape[2] - rows * columns, rows, columns)
+        height, width = memtune_pass.patches
+        grid = Grid(key.shape[2] - height * width, height, width)
     block = TrunkBlock(key, value, bias, grid)
     # torch.compile traces the trunk alone, so that it need not do it again for other tasks.
     if torch.compiler.is_compiling() or site.follower is None or site.follower(site.block.index, block):

@@ -78,8 +78,8 @@ class Grid(NamedTuple):
     """How the trunk's tokens lie: the class token and registers, then the patches row by row."""
 
     prefix: int
-    rows: int
-    columns: int
+    height: int
+    width: int
 
 
 class TrunkBlock(NamedTuple):
@@ -113,7 +113,7 @@ class Pass:
     Attributes:
         visited: Indices of the blocks whose attention has run, in order.
         trunk: For each block what the trunk left for the task stream.
-        patches: Rows and columns of the images' patches.
+        patches: Height and width of the images in patches.
         present: The block of the trunk that a task stream reads, where it goes along with the trunk.
         side: The states beside the trunk, (rows, tokens, tasks, r), that later blocks go on from.
         own_key: Whether a task token sees its own key and value.

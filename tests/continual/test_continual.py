@@ -22,7 +22,7 @@ from memtune.continual import protocol as continual
 from memtune.continual.folder import read_state
 from memtune.continual.protocol import ClassCrossEntropy, ContinualTask, class_order, fit_continual, split_by_class
 from memtune.errors import BackboneMismatchError, CheckpointError, ConfigError, InputError
-from memtune.storage.atomic import current
+from memtune.storage.atomic import place_of
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 CODA = memtune.CodaPromptConfig(pool_size=6, prompt_length=2, num_tasks=3, blocks=None)
@@ -210,7 +210,7 @@ def test_adapter_and_state_are_replaced_together(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         folder.save(model, continual.ContinualResult())
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert current(tmp_path, continual_folder.STATE_NAME).is_file()
+    assert place_of(tmp_path, continual_folder.STATE_NAME).is_file()
 
 
 @pytest.mark.parametrize(

@@ -55,11 +55,11 @@ def slow_states(values: Tensor, before: Tensor, part: dict[str, Tensor], grid: G
         if "conv" not in part or place < 0:
             mixed[token] = normed_states[token] @ part["own"]
             continue
-        row, column = divmod(place, grid.columns)
+        row, column = divmod(place, grid.width)
         for down_by in (-1, 0, 1):
             for right_by in (-1, 0, 1):
-                if 0 <= row + down_by < grid.rows and 0 <= column + right_by < grid.columns:
-                    there = grid.prefix + (row + down_by) * grid.columns + column + right_by
+                if 0 <= row + down_by < grid.height and 0 <= column + right_by < grid.width:
+                    there = grid.prefix + (row + down_by) * grid.width + column + right_by
                     mixed[token] += part["conv"][:, :, down_by + 1, right_by + 1] @ normed_states[there]
     return updated + gelu(mixed + part["own_bias"]) @ part["out"] + part["out_bias"]
 

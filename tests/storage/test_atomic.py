@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from memtune.storage.atomic import current, replace_files
+from memtune.storage.atomic import place_of, replace_files
 
 NAMES = ["a.json", "b.bin", "c.md"]
 
@@ -14,7 +14,7 @@ def write(folder: Path, text: str) -> None:
 
 
 def read(folder: Path) -> set[str]:
-    return {current(folder, name).read_text() for name in NAMES}
+    return {place_of(folder, name).read_text() for name in NAMES}
 
 
 def test_files_are_replaced_and_others_left_alone(tmp_path):
