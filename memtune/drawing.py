@@ -22,13 +22,26 @@ def new_figure(**options: Any) -> Figure:
     Raises:
         MemtuneError: matplotlib is not installed.
     """
+    return _matplotlib("figure").Figure(layout="constrained", **options)
+
+
+def find_colormap(name: str) -> Any:
+    """Matplotlib's colormap of a name, which makes colours (..., 4) of values (...), both from 0 to 1.
+
+    Raises:
+        MemtuneError: matplotlib is not installed.
+    """
+    return _matplotlib("colormaps")[name]
+
+
+def _matplotlib(part: str) -> Any:
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure
     except ImportError as error:
         raise MemtuneError(
             "pictures need matplotlib, which is not installed: pip install matplotlib, or 'memtune[examples]'"
         ) from error
-    return Figure(layout="constrained", **options)
+    return getattr(matplotlib, part)
 
 
 def check_picture(path: str | Path, option: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -21,7 +22,7 @@ from ..errors import ConfigError
 from ..models import MultiTaskModel, TunedModel
 from ..tasks import Regression, check_images
 from .observation import Observer
-from .pictures import draw_explanation, draw_usage, token_name
+from .pictures import draw_explanation, draw_usage, mean_attention, overlay, token_name
 from .shares import Attention
 
 
@@ -64,6 +65,17 @@ class Explanation:
         file = BytesIO()
         self.save(file)
         return file.getvalue()
+
+    def overlay(self, block: int | None = None) -> Image.Image:
+        """The image with the attention to its patches over it, as one picture.
+
+        Args:
+            block: The block whose attention it is; None for the mean of all.
+
+        Raises:
+            MemtuneError: matplotlib is not installed.
+        """
+        return overlay(self.image, mean_attention(self.blocks) if block is None else self.blocks[block].patches)
 
     def save(self, path: str | Path | BinaryIO) -> None:
         """Draw the image, each block's attention over it, and where else the attention went.

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-from ..drawing import new_figure
+from ..drawing import find_colormap, new_figure
 from .shares import Attention
 
 _COLOURS = {
@@ -26,6 +28,12 @@ _HEAT = "magma"
 _BLOCKS_IN_A_ROW = 6
 _BRIGHTEST = 0.98
 """The share of the patches that are not shown as the brightest."""
+
+_VEIL = 0.65
+"""How much of a picture is attention, and not the image below it."""
+
+_SMALLEST = 224
+"""Pixels that a picture of attention has at least along its shorter side."""
 
 _MOST_NUMBERS = 12
 """With more cells than this along one side, a heat map has no numbers in its cells."""
@@ -67,13 +75,13 @@ def draw_explanation(
         axes.axis("off")
     plain.imshow(image.numpy())
     plain.set_title("the image" if title is None else title, fontsize=12, fontweight="bold")
-    _draw_over(over, image, mean_attention(blocks))
+    over.imshow(overlay(image, mean_attention(blocks)))
     over.set_title("where it looks: mean of all blocks", fontsize=10)
     grid = list(right.subplots(rows, min(len(blocks), _BLOCKS_IN_A_ROW), squeeze=False).flat)
     for each in grid:
         each.axis("off")
     for index, (each, block) in enumerate(zip(grid, blocks, strict=False)):
-        _draw_over(each, image, block.patches)
+        each.imshow(overlay(image, block.patches))
         each.set_title(f"block {index}: {float(block.patches.sum()):.0%}", fontsize=9)
     right.suptitle(
         f"Each block: attention of the {token_name(masked)} to the patches, and their share of all its attention",
@@ -113,17 +121,27 @@ def mean_attention(blocks: Sequence[Attention]) -> Tensor:
     return torch.stack(parts).mean(dim=0)
 
 
-def _draw_over(axes: Any, image: Any, patches: Tensor) -> None:
-    """The image in dark grey, with the attention to its patches as a veil: bright where it is, dark where it is not.
+def overlay(image: Tensor, patches: Tensor) -> Image.Image:
+    """An image in dark grey, with the attention to its patches as a veil: bright where it is, dark where it is not.
 
     The colours go by the square root up to the 98th percentile: a few patches often get most of the attention.
+
+    Args:
+        image: The image, (height, width, 3), from 0 to 1.
+        patches: The attention to each patch, (rows, columns).
+
+    Raises:
+        MemtuneError: matplotlib is not installed.
     """
-    height, width, _ = image.shape
-    grey = image.mean(dim=-1).numpy()
-    axes.imshow(grey, cmap="gray", vmin=0, vmax=2)  # dark, or a white wall would look like attention
     share = (patches / patches.quantile(_BRIGHTEST).clamp_min(1e-12)).clamp_max(1).sqrt()
-    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    axes.imshow(share.numpy(), cmap=_HEAT, vmin=0, vmax=1, alpha=0.65, extent=extent, interpolation="bilinear")
+    size = [-(-_SMALLEST // min(image.shape[:2])) * side for side in image.shape[:2]]  # small images are enlarged
+    share, grey = (
+        interpolate(part[None, None], size, mode="bilinear", align_corners=False)[0, 0].clamp(0, 1)
+        for part in (share, image.mean(dim=-1))
+    )
+    veil = torch.from_numpy(find_colormap(_HEAT)(share.numpy())[..., :3])
+    mixed = _VEIL * veil + (1 - _VEIL) * grey[..., None] / 2  # dark, or a white wall would look like attention
+    return Image.fromarray((255 * mixed).round().to(torch.uint8).numpy())
 
 
 def _draw_lower(figure: Any, blocks: Sequence[Attention], masked: bool, most: int) -> None:

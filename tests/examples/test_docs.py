@@ -7,6 +7,7 @@ but what its code takes as given.
 
 from __future__ import annotations
 
+import ast
 import doctest
 import os
 import re
@@ -278,3 +279,15 @@ def options_of(program: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
 def test_options_are_there(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for program, options in programs(page.read_text()):
         assert options <= options_of(program, capsys), program
+
+
+def test_troubleshooting_names_errors_that_there_are() -> None:
+    """Who searches the page for what an error says finds it: each message of several words is one of the package's."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "memtune").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    firsts = re.findall(r"^\| (.*?) \|", page, re.MULTILINE)
+    messages = [each for first in firsts for each in re.findall(r"`([^`]+ [^`]+)`", first)]
+    assert len(messages) > 20
+    assert [each for each in messages if not any(each in text for text in texts)] == []

@@ -3,6 +3,7 @@
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from backbone_zoo import BY_NAME, PLAIN, assert_same, each_mode, snapshot
@@ -349,6 +350,17 @@ def test_the_large_overlay_is_the_mean_over_the_blocks():
         for column in range(mean.shape[1]):
             shares = [float(block.patches[row, column]) / float(block.patches.sum()) for block in blocks]
             assert float(mean[row, column]) == pytest.approx(sum(shares) / len(shares), rel=1e-5)
+
+
+def test_an_overlay_is_bright_where_the_attention_is():
+    explanation = memtune.explain(build(masked=True), BY_NAME["vit"].images(1))
+    explanation.heads[0].patches.zero_()[:, 1, 2] = 1.0
+    picture = np.asarray(explanation.overlay(0), dtype=float).mean(axis=-1)
+    assert min(picture.shape) >= 224
+    rows, columns = explanation.heads[0].patches.shape[1:]
+    blocks = picture.reshape(rows, picture.shape[0] // rows, columns, -1).mean(axis=(1, 3))
+    assert np.unravel_index(blocks.argmax(), blocks.shape) == (1, 2)
+    assert explanation.overlay().size == explanation.overlay(0).size
 
 
 def assert_picture(path):
