@@ -1,6 +1,7 @@
 """examples/continual.py as a user runs it."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -36,13 +37,39 @@ def material(tmp_path_factory):
     return folder
 
 
-def run(material, output, *arguments):
+@pytest.fixture
+def run(material, monkeypatch, capsys, caplog):
+    """Runs the example in this process: what was measured, and all that was said."""
+    caplog.set_level("INFO")
+
+    def run(output, *arguments):
+        command = command_for(material, output, *arguments)[1:]
+        monkeypatch.setattr(sys, "argv", command)
+        runpy.run_path(command[0], run_name="__main__")
+        return json.loads((output / "all_results.json").read_text()), capsys.readouterr().out + caplog.text
+
+    return run
+
+
+def command_for(material, output, *arguments):
     command = [sys.executable, str(EXAMPLE), "--model_name_or_path", str(material / "backbone")]
     command += ["--data_dir", str(material / "images"), "--output_dir", str(output), "--tasks", "2", "--cpu"]
-    command += ["--num_train_epochs", "6", "--learning_rate", "0.02", "--per_device_train_batch_size", "8", *arguments]
+    return command + [
+        "--num_train_epochs",
+        "6",
+        "--learning_rate",
+        "0.02",
+        "--per_device_train_batch_size",
+        "8",
+        *arguments,
+    ]
+
+
+def test_as_a_process(material, tmp_path):
+    command = command_for(material, tmp_path, "--method", "closed_form")
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((output / "all_results.json").read_text()), done
+    assert "average_accuracy" in done.stdout
 
 
 CODA = ["--method_config", '{"pool_size": 4, "blocks": null}']
@@ -60,8 +87,8 @@ CODA = ["--method_config", '{"pool_size": 4, "blocks": null}']
     ],
     ids=["coda", "masked", "memory", "lora", "head", "full"],
 )
-def test_methods_and_baselines(material, tmp_path, arguments):
-    results, done = run(material, tmp_path, *arguments)
+def test_methods_and_baselines(run, tmp_path, arguments):
+    results, said = run(tmp_path, *arguments)
     assert [len(row) for row in results["accuracy_matrix"]] == [1, 2]
     assert results["eval_images"] == [10, 10]
     assert sorted(each for task in results["classes"] for each in task) == [0, 1, 2, 3]
@@ -69,7 +96,7 @@ def test_methods_and_baselines(material, tmp_path, arguments):
     assert results["accuracy_matrix"][0][0] > 0.8
     if "seen" in arguments:  # what the loss over all classes does without images of the earlier ones
         assert results["accuracy_matrix"][1][1] > results["accuracy_matrix"][1][0]
-    assert f"average_accuracy          {100 * results['average_accuracy']:6.2f} %" in done.stdout
+    assert f"average_accuracy          {100 * results['average_accuracy']:6.2f} %" in said
     with Image.open(tmp_path / "accuracy.png") as picture:
         assert picture.size == (1000, 420)
     if "full" in arguments:
@@ -77,6 +104,6 @@ def test_methods_and_baselines(material, tmp_path, arguments):
         assert results["trainable_parameters"] > 20_000
     else:
         assert memtune.load(tmp_path).task.labels == NAMES
-        again, done = run(material, tmp_path, *arguments)
+        again, said = run(tmp_path, *arguments)
         assert again["accuracy_matrix"] == results["accuracy_matrix"]
-        assert "going on after task 2" in done.stderr
+        assert "going on after task 2" in said

@@ -25,7 +25,7 @@ def test_the_backbone_is_small_and_loads():
 
 @pytest.mark.slow
 def test_two_tasks_from_one_pass(tmp_path):
-    arguments = ["--num_train_epochs", "3", "--train_images", "400", "--output_dir", str(tmp_path / "both")]
+    arguments = ["--num_train_epochs", "3", "--train_images", "250", "--output_dir", str(tmp_path / "both")]
     command = [sys.executable, str(EXAMPLES / "quickstart.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

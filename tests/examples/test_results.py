@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.shared]
 
 PIXELS = 96
 SETTINGS = memtune.TrainingConfig(
-    num_train_epochs=5, learning_rate=1e-2, image_size=PIXELS, seed=0, mixed_precision="bf16", disable_tqdm=True
+    num_train_epochs=4, learning_rate=1e-2, image_size=PIXELS, seed=0, mixed_precision="bf16", disable_tqdm=True
 )
 VARIANTS = {
     "head": {"config": memtune.MemoryConfig(tokens=0, class_token=False)},
@@ -32,8 +32,8 @@ def test_head_then_masked_then_unmasked(shared_models, shared_data):
     backbone = AutoModelForImageClassification.from_pretrained(name, attn_implementation="eager")
     before = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
     processor = AutoImageProcessor.from_pretrained(name)
-    train = traffic_signs(shared_data, "train", 1000, processor)
-    test = traffic_signs(shared_data, "test", 500, processor)
+    train = traffic_signs(shared_data, "train", 700, processor)
+    test = traffic_signs(shared_data, "test", 300, processor)
     accuracy = {}
     for variant, options in VARIANTS.items():
         torch.manual_seed(0)
