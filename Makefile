@@ -21,7 +21,7 @@ QUICKSTART := .venv/quickstart/bin/python
 ROUNDINGS := ATEN_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MEMTUNE_TEST_THREADS=2
 EXACT := tests/backbones tests/streams tests/methods tests/tasks tests/models
 
-.PHONY: help docs quickstart test test-fast test-exact fuzz soak lint format clean FORCE
+.PHONY: help docs quickstart test coverage test-fast test-exact fuzz soak lint format clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -31,7 +31,10 @@ help:  ## show this list
 quickstart: .venv/quickstart.stamp  ## train two tasks apart on a small frozen model, and answer both from one pass (3 minutes, no network)
 	$(QUICKSTART) examples/quickstart.py $(ARGS)
 
-test: .venv/test.stamp  ## run all tests, with coverage
+test: .venv/test.stamp  ## run all tests
+	$(TEST) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+coverage: .venv/test.stamp  ## run all tests, and say which lines none of them reaches (half as long again)
 	$(TEST) -m pytest --cov -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-fast: .venv/test.stamp  ## run the tests that take seconds

@@ -54,15 +54,8 @@ def run(material, monkeypatch, capsys, caplog):
 def command_for(material, output, *arguments):
     command = [sys.executable, str(EXAMPLE), "--model_name_or_path", str(material / "backbone")]
     command += ["--data_dir", str(material / "images"), "--output_dir", str(output), "--tasks", "2", "--cpu"]
-    return command + [
-        "--num_train_epochs",
-        "6",
-        "--learning_rate",
-        "0.02",
-        "--per_device_train_batch_size",
-        "8",
-        *arguments,
-    ]
+    command += ["--num_train_epochs", "6", "--learning_rate", "0.02", "--per_device_train_batch_size", "8"]
+    return [*command, *arguments]
 
 
 def test_as_a_process(material, tmp_path):
