@@ -10,7 +10,7 @@ one after the other, by the time that passed and by processor time (which other 
 Weights are random, since time does not depend on their values; nothing is downloaded.
 
 PEFT has no masked mode: its tasks are LoRA on query and value in every block, as are memtune's unmasked ones. A pass of
-memtune also has the backbone's own answer.
+memtune also has the backbone's own answer, unless `base=False` leaves it out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pairs import compare
 from speed import CLASSES, add_backbone_arguments, create_backbone, forward
 
 import memtune
-from memtune import LoraConfig, MemoryConfig
+from memtune import LoraConfig, MemoryConfig, SideNetworkConfig
 
 Create = Callable[[], Callable[[], object]]
 """Builds a model, and gives what runs it."""
@@ -55,7 +55,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def masked_kinds(args: argparse.Namespace) -> dict[str, Any]:
     memory, lora = MemoryConfig(args.tokens), LoraConfig(r=args.masked_rank).for_mode(masked=True)
-    return {"memory": memory, "LoRA": lora, "memory and LoRA": [memory, lora]}
+    side = SideNetworkConfig()
+    return {
+        "memory": memory,
+        "LoRA": lora,
+        "memory and LoRA": [memory, lora],
+        "memory and side network": [memory, side],
+    }
 
 
 def random_images(args: argparse.Namespace, number: int) -> torch.Tensor:
@@ -63,14 +69,21 @@ def random_images(args: argparse.Namespace, number: int) -> torch.Tensor:
 
 
 def run_memtune(
-    args: argparse.Namespace, images: torch.Tensor, config: Any, number: int, *, masked: bool, mixed: bool = False
+    args: argparse.Namespace,
+    images: torch.Tensor,
+    config: Any,
+    number: int,
+    *,
+    masked: bool,
+    mixed: bool = False,
+    base: bool = True,
 ) -> Callable[[], object]:
     """A pass of a model with tasks of one kind: all of them for each image, or a mixed batch."""
     backbone = create_backbone(args)
     model = memtune.MultiTaskModel(backbone)
     sources = {str(task): memtune.wrap(backbone, config, num_labels=CLASSES, masked=masked) for task in range(number)}
     model.add_tasks(sources)
-    return partial(model, images, rows=list(sources) if mixed else None)
+    return partial(model, images, rows=list(sources) if mixed else None, base=base)
 
 
 def create_peft(args: argparse.Namespace, number: int) -> tuple[Any, list[str]]:
@@ -116,7 +129,9 @@ def every_task_rows(args: argparse.Namespace, images: torch.Tensor) -> Iterator[
     roles = ("query", "value")
     for where, blocks in (("all blocks", None), ("last two blocks", (-2, -1))):
         config = LoraConfig(r=args.rank, roles=roles, blocks=blocks)
-        yield f"memtune, unmasked LoRA, {where}", 4, partial(run_memtune, args, images, config, 4, masked=False)
+        create = partial(run_memtune, args, images, config, 4, masked=False)
+        yield f"memtune, unmasked LoRA, {where}", 4, create
+        yield f"memtune, unmasked LoRA, {where}, `base=False`", 4, partial(create, base=False)
     yield "PEFT LoRA, `adapter_names`", 4, partial(run_peft_mixed, args, images, 4, copies=4)
     for number in [4] if args.quick else [4, 16]:
         yield "PEFT LoRA, `set_adapter` in turn", number, partial(run_peft_in_turn, args, images, number)

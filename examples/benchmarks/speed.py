@@ -27,13 +27,14 @@ SIZES = {
     "tiny": {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768},
     "small": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
     "base": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+    "large": {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 24},
 }
 CLASSES = 10
 
 
 def add_backbone_arguments(parser: argparse.ArgumentParser, size: str = "small") -> None:
     """Add the options that say what `create_backbone` makes."""
-    parser.add_argument("--size", choices=SIZES, default=size, help="the vision transformer, with 12 blocks")
+    parser.add_argument("--size", choices=SIZES, default=size, help="the vision transformer")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--patch_size", type=int, default=16)
 

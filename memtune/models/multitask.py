@@ -61,7 +61,7 @@ class MultiTaskOutput(dict[str, TaskOutput]):
     """Each task's answer for a batch of images, by its name.
 
     Attributes:
-        base: The untouched backbone's own output.
+        base: The untouched backbone's own output; None if it was not asked for.
     """
 
     def __init__(self, answers: Mapping[str, TaskOutput], base: Any) -> None:
@@ -73,7 +73,7 @@ class MixedOutput(list[TaskOutput]):
     """For each image of a batch the answer of its own task, with `logits` (1, classes of that task), or features.
 
     Attributes:
-        base: The untouched backbone's own output for all images.
+        base: The untouched backbone's own output for all images; None if it was not asked for.
     """
 
     def __init__(self, answers: Sequence[TaskOutput], base: Any) -> None:
@@ -185,6 +185,7 @@ class MultiTaskModel(SharedModel):
         tasks: Sequence[str] | None = None,
         rows: Sequence[str] | None = None,
         interpolate_pos_encoding: bool = False,
+        base: bool = True,
     ) -> MultiTaskOutput | MixedOutput:
         """Classify images by the labels of several tasks; for those without a head, give their features.
 
@@ -193,22 +194,29 @@ class MultiTaskModel(SharedModel):
             tasks: The tasks to answer for all images; None for all of them.
             rows: The task of each image, where each has one of its own (a mixed batch).
             interpolate_pos_encoding: Accept images of another size than the backbone's.
+            base: Give the backbone's own output too. Without it only what the tasks read of the backbone is run: for
+                unmasked tasks the blocks before the first that they change.
 
         Returns:
             The answers by task, with `logits` (batch, classes) or, of a task without a head, `pooler_output` (batch,
             width); or for `rows` a list of answers, one for each image, with a batch of one. Both have the backbone's
-            own output as `base`.
+            own output as `base`, or None.
 
         Raises:
             InputError: The images have the wrong shape, type or size; both `tasks` and `rows` are given; or `rows` does
                 not name one task for each image.
             ConfigError: A task is unknown.
         """
-        return self._answer(pixel_values, tasks, rows, interpolate_pos_encoding)
+        return self._answer(pixel_values, tasks, rows, interpolate_pos_encoding, base)
 
     @outside_graphs
     def _answer(
-        self, pixel_values: Tensor, tasks: Sequence[str] | None, rows: Sequence[str] | None, interpolate: bool
+        self,
+        pixel_values: Tensor,
+        tasks: Sequence[str] | None,
+        rows: Sequence[str] | None,
+        interpolate: bool,
+        base: bool,
     ) -> MultiTaskOutput | MixedOutput:
         if self._hooks.rings():
             self._renew()
@@ -219,13 +227,12 @@ class MultiTaskModel(SharedModel):
         trained = {name: size or backbone.image_size for name, size in sizes.items()} if any(sizes.values()) else {}
         interpolate = interpolates(pixel_values, trained, asked=interpolate)
         pixel_values = check_images(pixel_values, backbone, interpolate=interpolate)
-        place = arrangement.trunk, arrangement.lanes
         if rows is not None:
-            each, base = answer_each(*place, pixel_values, names, interpolate=interpolate)
+            each, output = answer_each(arrangement, pixel_values, names, interpolate=interpolate, base=base)
             own = [arrangement.tasks[name] for name in names]
-            return MixedOutput(list(map(_as_output, own, each)), base)
-        answers, base = answer_all(*place, pixel_values, names, interpolate=interpolate)
-        return MultiTaskOutput({name: _as_output(arrangement.tasks[name], answers[name]) for name in names}, base)
+            return MixedOutput(list(map(_as_output, own, each)), output)
+        answers, output = answer_all(arrangement, pixel_values, names, interpolate=interpolate, base=base)
+        return MultiTaskOutput({name: _as_output(arrangement.tasks[name], answers[name]) for name in names}, output)
 
     def _renew(self) -> None:
         """Make the views anew if hooks were placed on the backbone or removed from it."""
@@ -244,7 +251,7 @@ class MultiTaskModel(SharedModel):
 
         def classify(pixel_values: Tensor) -> dict[str, TaskScores]:
             tasks = self.arrangement.tasks
-            output: Any = self(pixel_values, tasks=names)
+            output: Any = self(pixel_values, tasks=names, base=False)
             return {name: TaskScores(tasks[name], output[name].logits) for name in names}
 
         return classify, self.shared_processor(names)

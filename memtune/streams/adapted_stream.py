@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from ..backbones import Backbone
-from .attention import check_visited, install
+from .attention import check_visited, install, skip
 from .passes import Pass
 from .stream import Stream
 
@@ -110,13 +110,8 @@ class AdaptedStream(Stream):
 
 def _start_at(view: Backbone, first_block: int) -> None:
     """Let a view's tower skip the blocks before `first_block`, which gets the states that the pass brings along."""
-    for block in view.blocks[:first_block]:
-        block.module.forward = _pass_on
+    skip(view.blocks[:first_block])
     view.blocks[first_block].module.register_forward_pre_hook(_recall, with_kwargs=True)
-
-
-def _pass_on(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return states
 
 
 def _recall(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

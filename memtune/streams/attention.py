@@ -14,7 +14,7 @@ Nothing is kept in a layer: what one pass records travels as the keyword argumen
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -69,9 +69,19 @@ def install(view: Backbone, mode: str) -> list[Site]:
     return sites
 
 
-def check_visited(view: Backbone, current: Pass, first_block: int = 0) -> None:
-    """Raise if a block did not call its attention function: it would ignore the adapter in silence."""
-    expected = view.depth - first_block
+def skip(blocks: Sequence[Block]) -> None:
+    """Let blocks of a view hand on the states that enter them."""
+    for block in blocks:
+        block.module.forward = _pass_on
+
+
+def _pass_on(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return states
+
+
+def check_visited(view: Backbone, current: Pass, skipped: int = 0) -> None:
+    """Raise if a block that is not skipped did not call its attention function: it would ignore its adapter."""
+    expected = view.depth - skipped
     if len(current.visited) < expected:
         raise UnsupportedBackboneError(
             f"{type(view.model).__name__} ran {len(current.visited)} of its {expected} blocks through the attention "

@@ -325,6 +325,8 @@ def per_task(states: Tensor, weights: Tensor) -> Tensor:
     """
     if weights.ndim == 2:
         return states @ weights.to(states.dtype)
+    if weights.shape[:2] == (1, 1):  # of one of several tasks
+        return states @ weights[0, 0].to(states.dtype)
     weights = fit_rows(weights, states.shape[0]).to(states.dtype)
     if weights.shape[1] == 1:  # of each image, for all its tokens
         return states @ weights.squeeze(1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import Backbone
-from .attention import check_visited, install
+from .attention import check_visited, install, skip
 from .casting import keep_casts
 from .following import Followers
 from .passes import Pass
@@ -33,10 +33,14 @@ class Trunk:
     Args:
         backbone: The backbone.
         keep_states: Blocks of which to keep the states that enter them, for adapted streams that start there.
+        until: The first block that is left out, with all after it; what the tower then gives means nothing, and there
+            is no query. None to run all of them.
     """
 
-    def __init__(self, backbone: Backbone, keep_states: Collection[int] = ()) -> None:
+    def __init__(self, backbone: Backbone, keep_states: Collection[int] = (), *, until: int | None = None) -> None:
         self.view = backbone.view()
+        self._left_out = 0 if until is None else backbone.depth - until
+        skip(self.view.blocks[backbone.depth - self._left_out :])
         for block in self.view.blocks:
             keep_casts(block.module)
         self.keep_states = frozenset(keep_states)
@@ -46,7 +50,8 @@ class Trunk:
         if self._records:
             for site in install(self.view, "memtune_trunk"):
                 site.follower = self.followers.read
-            self.view.tower.register_forward_hook(self._keep_query, with_kwargs=True)
+            if until is None:
+                self.view.tower.register_forward_hook(self._keep_query, with_kwargs=True)
         if self._records and self._handed is not None:
             self.view.tower.register_forward_pre_hook(self._hand_over, with_kwargs=True)
         for index in self.keep_states:
@@ -83,7 +88,7 @@ class Trunk:
             options["memtune_pass"] = current
         output = forward(pixel_values, interpolate_pos_encoding=interpolate, **options)
         if self._records:
-            check_visited(self.view, current)
+            check_visited(self.view, current, self._left_out)
         return current, output
 
     def _hand_over(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

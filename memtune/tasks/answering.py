@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..streams import Trunk
+from ..streams import Pass
+from .arrangement import Arrangement
 from .lanes import Batch, Lane, outside_graphs
 
 
@@ -33,41 +34,47 @@ class _Share:
 @torch.no_grad()
 @outside_graphs
 def answer_all(
-    trunk: Trunk, lanes: Sequence[Lane], pixel_values: Tensor, names: Sequence[str], *, interpolate: bool
+    arrangement: Arrangement, pixel_values: Tensor, names: Sequence[str], *, interpolate: bool, base: bool
 ) -> tuple[dict[str, Tensor], Any]:
-    """The logits (batch, classes), or features, of some tasks by name; and the backbone's own output."""
+    """The logits (batch, classes), or features, of some tasks by name; and the backbone's own output, if `base`."""
+    lanes = arrangement.lanes
     shares = [_Share(lane, own) for lane in lanes if (own := [name for name in names if name in lane.numbers])]
-    batch, base = _run_trunk(trunk, shares, pixel_values, interpolate)
+    batch, output = _run_trunk(arrangement, shares, pixel_values, interpolate, base)
     answers: dict[str, Tensor] = {}
     for share in shares:
         answers |= share.lane.all(batch, share.names)
-    return answers, base
+    return answers, output
 
 
 @torch.no_grad()
 @outside_graphs
 def answer_each(
-    trunk: Trunk, lanes: Sequence[Lane], pixel_values: Tensor, names: Sequence[str], *, interpolate: bool
+    arrangement: Arrangement, pixel_values: Tensor, names: Sequence[str], *, interpolate: bool, base: bool
 ) -> tuple[list[Tensor], Any]:
-    """The logits (1, classes), or features, of each image by its own task; and the backbone's own output."""
+    """The logits (1, classes), or features, of each image by its own task; and the backbone's own output, if `base`."""
     shares = []
-    for lane in lanes:
+    for lane in arrangement.lanes:
         if places := [place for place, name in enumerate(names) if name in lane.numbers]:
             images = None if len(places) == len(names) else torch.tensor(places, device=pixel_values.device)
             shares.append(_Share(lane, [names[place] for place in places], places, images))
-    batch, base = _run_trunk(trunk, shares, pixel_values, interpolate)
+    batch, output = _run_trunk(arrangement, shares, pixel_values, interpolate, base)
     answers: dict[int, Tensor] = {}
     for share in shares:
         assert share.places is not None
         own = batch if share.images is None else batch.images(share.images)
         answers |= zip(share.places, share.lane.each(own, share.names), strict=True)
-    return [answers[place] for place in range(len(names))], base
+    return [answers[place] for place in range(len(names))], output
 
 
 @outside_graphs
-def _run_trunk(trunk: Trunk, shares: Sequence[_Share], pixel_values: Tensor, interpolate: bool) -> tuple[Batch, Any]:
-    """Run the trunk, with the streams that can go along with it."""
-    followers = {}
+def _run_trunk(
+    arrangement: Arrangement, shares: Sequence[_Share], pixel_values: Tensor, interpolate: bool, base: bool
+) -> tuple[Batch, Any]:
+    """Run the trunk as far as it is asked for, with the streams that can go along with it."""
+    needed = arrangement.backbone.depth if base else max((share.lane.needed_blocks for share in shares), default=0)
+    if not needed:
+        return Batch(Pass(), pixel_values, interpolate), None
+    trunk, followers = arrangement.trunk_until(needed), {}
     for share in shares:
         follower = share.lane.follow(
             share.names, by_row=share.places is not None, images=share.images, device=pixel_values.device
@@ -76,7 +83,8 @@ def _run_trunk(trunk: Trunk, shares: Sequence[_Share], pixel_values: Tensor, int
             followers[share.lane] = follower
     keep = any(share.lane.reads_trunk and share.lane not in followers for share in shares)
     with trunk.followers.along(list(followers.values()), keep=keep):
-        current, base = trunk.answer(pixel_values, interpolate_pos_encoding=interpolate)
+        run = trunk.answer if base else trunk.run
+        current, output = run(pixel_values, interpolate_pos_encoding=interpolate)
     found = {lane: follower.features() for lane, follower in followers.items()}
     followed = {lane: features for lane, features in found.items() if features is not None}
-    return Batch(current, pixel_values, interpolate, followed), base
+    return Batch(current, pixel_values, interpolate, followed), output if base else None

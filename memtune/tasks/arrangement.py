@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -76,11 +76,14 @@ class Arrangement:
         trunk: What all of them read: it keeps the states that adapted streams start from.
         lanes: The lanes, in the order of computation.
         tasks: The tasks, by name.
+        backbone: The backbone.
     """
 
     trunk: Trunk
     lanes: list[Lane]
     tasks: dict[str, Task]
+    backbone: Backbone
+    _short: dict[int, Trunk] = field(default_factory=dict)
 
     @classmethod
     def of(cls, backbone: Backbone, tasks: Mapping[str, Task], before: Arrangement | None = None) -> Arrangement:
@@ -95,8 +98,17 @@ class Arrangement:
         lanes = make_lanes(backbone, tasks)
         starts = {lane.shared_blocks for lane in lanes if isinstance(lane, AdaptedLane)} - {0}
         if before is not None and before.trunk.keep_states == starts:
-            return cls(before.trunk, lanes, dict(tasks))
-        return cls(Trunk(backbone, keep_states=starts), lanes, dict(tasks))
+            return cls(before.trunk, lanes, dict(tasks), backbone)
+        return cls(Trunk(backbone, keep_states=starts), lanes, dict(tasks), backbone)
+
+    def trunk_until(self, block: int) -> Trunk:
+        """A trunk without the blocks from this one on, for a pass that asks neither for these nor for the base."""
+        if block == self.backbone.depth:
+            return self.trunk
+        if block not in self._short:
+            starts = [start for start in self.trunk.keep_states if start <= block]
+            self._short[block] = Trunk(self.backbone, keep_states=starts, until=block)
+        return self._short[block]
 
 
 def _make_lane(backbone: Backbone, tasks: Mapping[str, Task], first_block: int | None) -> Lane:

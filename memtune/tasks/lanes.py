@@ -70,6 +70,7 @@ class Lane(ABC):
         names: The names of the tasks.
         numbers: For each name the task's number.
         shared_blocks: Blocks of the backbone that the tasks share with it.
+        needed_blocks: Blocks of the trunk that it reads, counted from the first.
 
     Args:
         tasks: The tasks, by name.
@@ -85,6 +86,7 @@ class Lane(ABC):
         self.numbers = {name: number for number, name in enumerate(tasks)}
         self.selection = selection
         self.shared_blocks = 0
+        self.needed_blocks = 0
         self._stream = stream
         self._stacks: list[Stack] = []
         parts = list(tasks.values())
@@ -175,7 +177,7 @@ class HeadLane(Lane):
 
     def __init__(self, backbone: Backbone, tasks: Mapping[str, Task]) -> None:
         super().__init__(tasks, Selection(), None)
-        self.shared_blocks = backbone.depth
+        self.shared_blocks = self.needed_blocks = backbone.depth
 
     def features(self, batch: Batch) -> Tensor:
         """The trunk's feature, for each task."""
@@ -203,7 +205,7 @@ class MaskedLane(Lane):
         parts = list(tasks.values())
         self.stream = TaskStream(backbone) if parts[0].has_token else StateStream(backbone)
         super().__init__(tasks, self.stream.selection, self.stream)
-        self.shared_blocks = backbone.depth
+        self.shared_blocks = self.needed_blocks = backbone.depth
         self._tokens = self._stack(parts).tensor("class_token") if parts[0].has_token else None
         self._extend = extend
 
@@ -256,6 +258,7 @@ class AdaptedLane(Lane):
         self.stream = AdaptedStream(backbone, first_block=first_block, **options)
         super().__init__(tasks, self.stream.selection, self.stream)
         self.shared_blocks = first_block
+        self.needed_blocks = backbone.depth if self.stream.needs_query else first_block
         parts = [None if task.class_token is None else task for task in tasks.values()]
         if any(part is not None for part in parts):
             self._tokens = self._stack(parts).tensor("class_token", neutral=torch.nan)
@@ -271,39 +274,43 @@ class AdaptedLane(Lane):
         return torch.where(tokens.isnan(), own.view(1, 1, -1).to(tokens.dtype), tokens)
 
     def features(self, batch: Batch) -> Tensor:
-        """Features of the images for each of the tasks: the rows of one batch, task after task."""
-        if len(self.names) == 1 or self.selection.by_row:
-            return self._run(batch, copies=1).unsqueeze(1)
+        """Features of the images for each of the tasks: where all images ask for several, from a pass for each."""
+        chosen, by_row = self.selection.index, self.selection.by_row
+        if len(self.names) == 1 or by_row or (chosen is not None and len(chosen) == 1):
+            return self._run(batch).unsqueeze(1)
         assert batch.pixel_values is not None
-        index, images = self.selection.index, batch.pixel_values.shape[0]
-        if index is None:
-            index = torch.arange(len(self.names), device=batch.pixel_values.device)
-        self.selection.choose(index.repeat_interleave(images), by_row=True)
-        features = self._run(batch, copies=len(index))
-        self.selection.choose(index, by_row=False)
-        return features.unflatten(0, (len(index), images)).transpose(0, 1)
+        index = torch.arange(len(self.names), device=batch.pixel_values.device) if chosen is None else chosen
+        features = []
+        for number in index.split(1):
+            self.selection.choose(number, by_row=False)
+            features.append(self._run(batch))
+        self.selection.choose(chosen, by_row=False)
+        return torch.stack(features, dim=1)
 
-    def _run(self, batch: Batch, copies: int) -> Tensor:
+    @outside_graphs
+    def all(self, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
+        """The same as of other lanes, task by task: one pass is compiled, whatever the number of tasks.
+
+        And its products are plain: as rows of one batch each would be as many small ones as there are images.
+        """
+        answers: dict[str, Tensor] = {}
+        for name in names:
+            answers |= super().all(batch, [name])
+        return answers
+
+    def _run(self, batch: Batch) -> Tensor:
         assert batch.pixel_values is not None
         known, images = batch.current, batch.pixel_values
-        current = Pass(query=_copied(known.query, copies), weights=known.weights)
+        current = Pass(query=known.query, weights=known.weights)
         if self.shared_blocks:
-            current.states = _copied(known.kept[self.shared_blocks], copies)
+            current.states = known.kept[self.shared_blocks]
             images = images[:1]  # which the tower asks for; what follows from them is not used
-        elif copies > 1:
-            images = images.repeat(copies, 1, 1, 1)
         return self.stream.features(images, interpolate_pos_encoding=batch.interpolate, current=current)
 
 
 def _in_tokens(values: Tensor, *, alone: bool) -> Tensor:
     """Class tokens, of one task in whatever shape its backbone has them, in three dimensions."""
     return values.view(1, 1, -1) if alone else values.flatten(2)
-
-
-def _copied(states: Tensor | None, copies: int) -> Tensor | None:
-    if states is None or copies == 1:
-        return states
-    return states.repeat(copies, *[1] * (states.ndim - 1))
 
 
 def attach(tasks: Sequence[Task], stream: Stream) -> None:
