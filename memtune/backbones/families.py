@@ -213,6 +213,16 @@ TOWERS: dict[str, Family] = {
     ),
 }
 
+_AS_CLIP = {
+    "AltCLIPVisionModel": "altclip",
+    "ChineseCLIPVisionModel": "chinese_clip",
+    "CLIPSegVisionModel": "clipseg",
+    "MetaClip2VisionModel": "metaclip_2",
+}
+"""Towers with the code of CLIP's, and the names of their families."""
+
+TOWERS |= {tower: replace(TOWERS["CLIPVisionModel"], name=name) for tower, name in _AS_CLIP.items()}
+
 AUTO_TOWERS: dict[str, Family] = {
     f"{name}Backbone": replace(
         TOWERS[f"{name}Model"],

@@ -65,6 +65,10 @@ VARIANTS = [
     "beit-absolute",
     "dinov2-swiglu",
     "dinov3-gated",
+    "altclip",
+    "chinese_clip",
+    "clipseg",
+    "metaclip_2",
     "swinv2-head",
     "pvt-head",
 ]

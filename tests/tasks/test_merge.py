@@ -16,7 +16,16 @@ from memtune.tasks.merging import as_classifier
 
 ROLES = ("query", "key", "value", "out", "fc1", "fc2")
 NO_HEAD = {"vit_mae", "vit_mae-pretraining", "dinov3", "dinov3-gated", "siglip"}
-NO_HEAD |= {"clip", "clip-projection", "clip-head", "clip-two-towers"}
+NO_HEAD |= {
+    "clip",
+    "clip-projection",
+    "clip-head",
+    "clip-two-towers",
+    "altclip",
+    "chinese_clip",
+    "clipseg",
+    "metaclip_2",
+}
 WITH_HEAD = [case for case in CASES if case.name not in NO_HEAD]
 VIT = BY_NAME["vit"]
 
