@@ -483,6 +483,8 @@ def check_kind(dataset: Any) -> None:
             f"got the path {str(dataset)!r}; pass the data set itself, such as datasets.load_dataset('imagefolder', "
             f"data_dir={str(dataset)!r}, split='train')"
         )
+    if hasattr(dataset, "__dataframe__"):
+        raise InputError(f"got a {type(dataset).__name__}; pass datasets.Dataset.from_pandas(...) of it; {_KINDS}")
     indexable = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     if not indexable or isinstance(dataset, (Mapping, Tensor, np.ndarray)):
         raise InputError(f"got a {type(dataset).__name__}, expected a data set with a length and items; {_KINDS}")

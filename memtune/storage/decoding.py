@@ -65,7 +65,7 @@ def _opened(value: Any) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
     if isinstance(value, np.ndarray):
-        return Image.fromarray(value)
+        return _of_array(value)
     if isinstance(value, (bytes, bytearray)):
         value = io.BytesIO(value)
     elif isinstance(value, (str, os.PathLike)) and value:
@@ -84,6 +84,21 @@ def _opened(value: Any) -> Image.Image:
         return image.copy() if getattr(image, "is_animated", False) else image
 
 
+def _of_array(values: np.ndarray) -> Image.Image:
+    """An array (height, width) or (height, width, channels), of values in any range."""
+    shaped = values.size and (values.ndim == 2 or (values.ndim == 3 and values.shape[-1] <= 4))
+    if not shaped or values.dtype.kind not in "buif":
+        raise InputError(
+            f"cannot be read: got an array of {values.dtype} and the shape {values.shape}, expected numbers (height, "
+            "width) or (height, width, channels), of 1 to 4 channels"
+        )
+    if values.dtype.kind == "b":
+        values = values.astype(np.uint8) * 255
+    elif values.dtype != np.uint8:
+        values = _in_eight_bits(values)
+    return Image.fromarray(values[..., 0] if values.shape[2:] == (1,) else values)
+
+
 def _converted(image: Image.Image, channels: int) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_in_eight_bits(np.asarray(image)))
@@ -92,7 +107,7 @@ def _converted(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _in_eight_bits(values: np.ndarray) -> np.ndarray:
-    """Grey values (height, width) of any type from 0 to 255."""
+    """Values of any type from 0 to 255."""
     values = values.astype(np.float64)
     if not np.isfinite(values).all():
         raise InputError("cannot be read: it has values that are not finite")

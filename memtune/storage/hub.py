@@ -69,6 +69,8 @@ def find_folder(
     Raises:
         HubError: The adapter cannot be had.
     """
+    if not isinstance(source, (str, Path)):
+        raise ConfigError(f"got {type(source).__name__}, expected an adapter's folder, or its id on the Hub")
     path = Path(source)
     if isinstance(source, Path) or path.exists() or path.is_absolute() or source.startswith((".", "~")):
         return path / (subfolder or "")

@@ -39,6 +39,7 @@ from ..preparation import (
     shard,
     whole,
 )
+from ..tasks import IGNORED
 from .averaging import BestValues, MovingAverage, score_to_compare
 from .callbacks import TrainingCallback
 from .checkpoint import RunCheckpoints, check_optimizer, is_like
@@ -379,11 +380,13 @@ class TrainingRun:
     def _end_epoch(self) -> None:
         progress = self.progress
         loss, images, plain = self._reduce(progress.sums)
+        if not images:
+            raise InputError(f"no image of the epoch has a label to learn: all are skipped, or labelled {IGNORED}")
         self._count_time()
         entry = {
             "epoch": len(progress.history) + 1.0,
-            "loss": loss / max(images, 1),
-            "task_loss": plain / max(images, 1),
+            "loss": loss / images,
+            "task_loss": plain / images,
             "learning_rate": self._learning_rate(),
         }
         entry |= {"seconds": progress.seconds, "images_per_second": images / progress.seconds}

@@ -167,6 +167,9 @@ def test_wrong_tasks_and_images(models: dict[str, Any], tmp_path: Path) -> None:
         models["one"].predict("none.png")
     with pytest.raises(InputError, match="got Tensor, expected an image"):
         models["one"].predict([torch.zeros(3, 32, 32)])
+    for other in (None, 3):
+        with pytest.raises(InputError, match=f"images: got {type(other).__name__}, expected paths"):
+            models["one"].predict(other)
     backbone = VIT.build()
     with pytest.raises(ConfigError, match="image_processor: got None"):
         tuned("pets", backbone, processor=None).predict(tmp_path)

@@ -112,3 +112,36 @@ def test_a_picture_that_says_it_is_huge_is_not_decoded(monkeypatch):
         decode(saved(Image.new("L", (20, 20))))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
     assert decode(saved(Image.new("L", (20, 20)))).size == (20, 20)
+
+
+@pytest.mark.parametrize("channels", [(), (1,), (3,), (4,)], ids=str)
+@pytest.mark.parametrize(("dtype", "most"), [("uint8", 255), ("int64", 255), ("uint16", 65535), ("float64", 1.0)])
+def test_arrays_of_any_type(dtype, most, channels):
+    values = np.broadcast_to(RAMP.reshape(20, 20, *[1] * len(channels)), (20, 20, *channels))
+    scaled = values * most
+    if dtype != "float64":
+        scaled = np.round(scaled)
+    found = np.asarray(decode(scaled.astype(dtype))).astype(float)
+    assert found.shape == (20, 20, 3)
+    assert np.abs(found - 255 * RAMP[..., None]).max() <= 1.1
+
+
+def test_truths_are_black_and_white():
+    found = np.asarray(decode(RAMP > 0.5, 1))
+    assert np.array_equal(found, np.where(RAMP > 0.5, 255, 0))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.zeros((3, 20, 20), np.uint8),
+        np.zeros((20, 20), complex),
+        np.zeros((0, 20)),
+        np.zeros(5),
+        np.full((2, 2), "a"),
+    ],
+    ids=lambda values: f"{values.dtype} {values.shape}",
+)
+def test_arrays_that_are_no_pictures(values):
+    with pytest.raises(InputError, match=r"got an array of .* expected numbers \(height, width\)"):
+        decode(values)

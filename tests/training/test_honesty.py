@@ -289,3 +289,11 @@ def test_the_first_epoch_is_not_charged_for_the_cache(tmp_path, monkeypatch):
     result = memtune.fit(tuned(masked=True), items(32), config=config)
     assert result.seconds > 1.5
     assert result.history[0]["seconds"] < result.seconds - 1.5
+
+
+def test_a_run_without_a_single_label_says_so(tmp_path):
+    unlabelled = [{"pixel_values": torch.zeros(3, 32, 32), "labels": -100}] * 8
+    model = named()
+    with pytest.raises(InputError, match="no image of the epoch has a label to learn"):
+        memtune.fit(model, unlabelled, config=TrainingConfig(**QUICK, output_dir=tmp_path))
+    assert not list(tmp_path.glob("checkpoint-*"))
