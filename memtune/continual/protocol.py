@@ -75,8 +75,11 @@ def split_by_class(
 
     Raises:
         ConfigError: There are fewer classes than tasks, or a class is named twice or has no images.
+        InputError: A data set has no column `label`, its labels are no numbers, or a class of the test images is none of
+            the training images'.
     """
-    labels = [split.with_format(None)["label"][:] for split in (train_dataset, eval_dataset)]
+    names = class_names(train_dataset) if isinstance(train_dataset, datasets.Dataset) else None
+    labels = [_numbers(split, names) for split in (train_dataset, eval_dataset)]
     order = sorted(set(labels[0])) if order is None else list(order)
     if not 1 <= tasks <= len(order):
         raise ConfigError(f"tasks: got {tasks}, expected a number from 1 to that of the classes, {len(order)}")
@@ -92,6 +95,24 @@ def split_by_class(
         ))
         for start, end in pairwise(ends)
     ]  # fmt: skip
+
+
+def _numbers(dataset: Any, names: Sequence[str] | None) -> list[int]:
+    """The numbers that the classes of a data set's images have among some names; None for its own."""
+    if not isinstance(dataset, datasets.Dataset) or "label" not in dataset.column_names:
+        columns = getattr(dataset, "column_names", None)
+        what = type(dataset).__name__ if columns is None else f"the columns {columns}"
+        raise InputError(f"got {what}, expected a datasets.Dataset with the column label")
+    column = dataset.with_format(None)["label"][:]
+    if other := [each for each in column if type(each) is not int]:
+        raise InputError(
+            f"label: got {other[0]!r}, expected the number of a class; class_encode_column('label') numbers texts"
+        )
+    own = class_names(dataset)
+    if names is None or own is None or list(own) == list(names):
+        return column
+    reader = LabelReader(names, own)
+    return [reader(label, f"image {index}") for index, label in enumerate(column)]
 
 
 def fit_continual(

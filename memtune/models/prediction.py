@@ -235,11 +235,11 @@ def _matches(images: str | Path) -> list[str]:
 
 def _named(images: Any) -> list[tuple[str, Any]]:
     """Each image with its name."""
-    one = is_one(images) or isinstance(images, (str, Path))
-    if not one and not hasattr(images, "__iter__") and not hasattr(images, "__getitem__"):
+    values = [images] if is_one(images) or isinstance(images, (str, Path)) else images
+    if values is images and not hasattr(images, "__iter__") and not hasattr(images, "__getitem__"):
         raise InputError(f"images: got {type(images).__name__}, expected paths, a folder, PIL images, or arrays")
     named = []
-    for value in [images] if one else images:
+    for value in values:
         if isinstance(value, (str, Path)):
             named += [(path, path) for path in _files(value)]
         else:

@@ -107,6 +107,11 @@ class TunedModel(SharedModel):
         self.backbone = backbone = as_pretrained(backbone)
         self.task = task
         self.processor = image_processor_of(processor)
+        if processor is not None and (isinstance(processor, type) or not callable(self.processor)):
+            raise ConfigError(
+                f"processor: got {processor!r}, expected an image processor, such as "
+                "AutoImageProcessor.from_pretrained(...)"
+            )
         self.config: Any = copy.deepcopy(backbone.config)
         if not task.backbone_head:
             self.config.id2label = dict(enumerate(task.labels))

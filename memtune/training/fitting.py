@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import find_executable_batch_size, set_seed
 
@@ -110,7 +111,7 @@ def _run(
 ) -> TrainingResult:
     """One run, with settings that have been checked."""
     set_seed(config.seed)
-    with borrowed_state():
+    with torch.inference_mode(False), torch.enable_grad(), borrowed_state():
         accelerator = make_accelerator(config, tracking=True)
         with sharded(accelerator, model) as trained:
             run = TrainingRun(accelerator, trained, config, compute_loss_func, callbacks, compute_metrics)

@@ -140,7 +140,7 @@ def find_learning_rate(
     rates = np.geomspace(start, end, num_steps).tolist()
     set_seed(config.seed)
     try:
-        with borrowed_state():
+        with torch.inference_mode(False), torch.enable_grad(), borrowed_state():
             losses = list(_losses(model, train_dataset, config, rates))
     finally:
         model.task.load_tensors(before)

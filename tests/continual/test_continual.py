@@ -311,6 +311,30 @@ def images(labels, names=6):
     return datasets.Dataset.from_dict({"image": pictures, "label": list(labels)}, features=features)
 
 
+def test_split_by_class_goes_by_names():
+    def renamed(names):
+        return datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+
+    train, evaluation = images([0, 1, 2, 0, 1, 2], 3), images([0, 1, 2], 3)
+    other = renamed(["c2", "c0", "c1"])
+    split = split_by_class(train, evaluation.cast(other), 3)
+    assert [task.eval_dataset["label"][:] for task in split] == [[1], [2], [0]]  # in its own numbers: c0, c1, c2
+    lacking = renamed(["c0", "c1", "owl"])
+    with pytest.raises(InputError, match="owl"):
+        split_by_class(train, evaluation.cast(lacking), 3)
+
+
+def test_what_cannot_be_split_is_named():
+    train = images([0, 1, 2], 3)
+    texts = datasets.Dataset.from_dict({"image": train["image"][:], "label": ["a", "b", "c"]})
+    with pytest.raises(InputError, match=r"label: got 'a', expected the number of a class; class_encode_column"):
+        split_by_class(texts, texts, 3)
+    with pytest.raises(InputError, match=r"got the columns .*'breed'.*, expected .* the column label"):
+        split_by_class(train.rename_column("label", "breed"), train, 3)
+    with pytest.raises(InputError, match=r"got list, expected a datasets\.Dataset"):
+        split_by_class([1, 2], train, 3)
+
+
 def test_split_by_class():
     train, evaluation = images([0, 1, 2, 3, 4, 0, 1, 2, 3, 4]), images([4, 3, 2, 1, 0])
     tasks = split_by_class(train, evaluation, 2, order=[3, 0, 4, 1, 2])

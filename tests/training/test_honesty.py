@@ -297,3 +297,22 @@ def test_a_run_without_a_single_label_says_so(tmp_path):
     with pytest.raises(InputError, match="no image of the epoch has a label to learn"):
         memtune.fit(model, unlabelled, config=TrainingConfig(**QUICK, output_dir=tmp_path))
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+def test_a_run_within_a_context_without_gradients_is_the_same(mode):
+    expected, model = named(), named()
+    memtune.fit(expected, pictures(), config=TrainingConfig(**QUICK))
+    with mode():
+        memtune.fit(model, pictures(), config=TrainingConfig(**QUICK))
+    assert equal(weights(model), weights(expected))
+    tried = named()
+    with mode():
+        assert len(memtune.find_learning_rate(tried, pictures(), TrainingConfig(**QUICK), num_steps=6).losses)
+
+
+@pytest.mark.parametrize("processor", ["google/vit-base-patch16-224", ViTImageProcessorPil, 3])
+def test_what_is_no_processor_is_refused(processor):
+    backbone = ViTForImageClassification(ViTConfig(**SHAPE, image_size=32, patch_size=8))
+    with pytest.raises(ConfigError, match=r"expected an image processor, such as AutoImageProcessor"):
+        memtune.wrap(backbone, memtune.MemoryConfig(2), labels=["a", "b"], processor=processor)
