@@ -75,8 +75,8 @@ def split_by_class(
 
     Raises:
         ConfigError: There are fewer classes than tasks, or a class is named twice or has no images.
-        InputError: A data set has no column `label`, its labels are no numbers, or a class of the test images is none of
-            the training images'.
+        InputError: A data set has no column `label`, its labels are no numbers, or a class of the test images is not
+            among the training images'.
     """
     names = class_names(train_dataset) if isinstance(train_dataset, datasets.Dataset) else None
     labels = [_numbers(split, names) for split in (train_dataset, eval_dataset)]
