@@ -6,7 +6,7 @@ The weights, and the answer beside them, are those of one and the same pass (see
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -37,6 +37,8 @@ class Explanation:
         image: The image as the model saw it, (height, width, 3), from 0 to 1.
         masked: Whether the token is a task token; else it is the class token.
         numbers: Whether the task gives numbers, of which none is the answer.
+        sides: Of a task with a side network: for each block and head the part of its states in what the token takes of
+            the values, by patch, (heads, rows, columns); the sum is the part of all that it takes. Else empty.
     """
 
     labels: list[str]
@@ -45,6 +47,7 @@ class Explanation:
     image: Tensor
     masked: bool
     numbers: bool = False
+    sides: list[Tensor] = field(default_factory=list)
 
     @cached_property
     def blocks(self) -> list[Attention]:
@@ -90,7 +93,8 @@ class Explanation:
         if self.numbers:
             values = self.probabilities.tolist()
             title = "\n".join(f"{label} {values[place]:.4g}" for place, label in enumerate(self.labels[:4]))
-        draw_explanation(path, self.image, self.blocks, masked=self.masked, title=title)
+        sides = [float(side.sum(dim=(1, 2)).mean()) for side in self.sides]
+        draw_explanation(path, self.image, self.blocks, masked=self.masked, title=title, sides=sides)
 
 
 class TokenUse(NamedTuple):
@@ -186,14 +190,15 @@ def explain(
     """
     observer = Observer(model, task)
     pixel_values = observer.pixel_values(image, interpolate_pos_encoding)
-    blocks, probabilities = observer.observe(pixel_values, interpolate_pos_encoding)
+    found = observer.observe(pixel_values, interpolate_pos_encoding)
     return Explanation(
         labels=list(observer.task.labels),
-        probabilities=probabilities[0],
-        heads=[block.apply(lambda part: part[0]) for block in blocks],
+        probabilities=found.probabilities[0],
+        heads=[block.apply(lambda part: part[0]) for block in found.blocks],
         image=_shown(pixel_values[0].float().cpu(), observer.processor),
         masked=observer.task.masked,
         numbers=isinstance(observer.task.objective, Regression),
+        sides=[part[0] for part in found.sides],
     )
 
 
@@ -237,7 +242,7 @@ def memory_usage(
     for batch in DataLoader(items, batch_size=batch_size, collate_fn=Collator(classes, observer.task.objective)):
         interpolate = observer.interpolates(batch["pixel_values"], asked=False)
         pixel_values = check_images(batch["pixel_values"], observer.backbone, interpolate=interpolate)
-        found, _ = observer.observe(pixel_values, False)
+        found = observer.observe(pixel_values, False).blocks
         images += len(pixel_values)
         added = [block.apply(lambda part: part.double().sum(dim=0)) for block in found]
         sums = added if sums is None else [first + second for first, second in zip(sums, added, strict=True)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -22,6 +22,21 @@ from ..storage import decode
 from ..streams import Pass, Trunk
 from ..tasks import Batch, Task, check_images, check_task_names, interpolates, lane_of
 from .shares import Attention
+
+
+class Observation(NamedTuple):
+    """What a pass over images shows.
+
+    Attributes:
+        blocks: For each block the attention (images, heads, ...).
+        probabilities: The probabilities, (images, classes).
+        sides: For each block the part of a side network in what the token takes, by patch, (images, heads, rows,
+            columns); empty without one.
+    """
+
+    blocks: list[Attention]
+    probabilities: Tensor
+    sides: list[Tensor]
 
 
 class Observer:
@@ -40,6 +55,7 @@ class Observer:
         self._trunk = Trunk(self.backbone)
         self._lane = lane_of(self.backbone, self.task)
         self._methods = [site.source_methods for site in self._lane.stream.sites]
+        self._has_side = any(site.sides for site in self._lane.stream.sites)
 
     @property
     def has_memory(self) -> bool:
@@ -71,22 +87,26 @@ class Observer:
         return interpolates(image, {} if size is None else {"": size}, asked=asked)
 
     @torch.no_grad()
-    def observe(self, pixel_values: Tensor, interpolate: bool) -> tuple[list[Attention], Tensor]:
-        """For each block the attention (images, heads, ...), and the probabilities (images, classes)."""
+    def observe(self, pixel_values: Tensor, interpolate: bool) -> Observation:
+        """What a pass over images shows."""
         pixel_values = pixel_values.to(device=self.backbone.model.device, dtype=self.backbone.model.dtype)
         interpolate = self.interpolates(pixel_values, asked=interpolate)
         weights: list[list[Tensor]] = []
+        sides: list[Tensor] = []
         current = Pass()
         if self.task.masked or self._lane.stream.needs_query:
             current, _ = self._trunk.run(pixel_values, interpolate_pos_encoding=interpolate)
-        batch = Batch(replace(current, weights=weights), pixel_values, interpolate)
+        watched = replace(current, weights=weights, side_parts=sides if self._has_side else None)
+        batch = Batch(watched, pixel_values, interpolate)
         answer = self._lane.run(batch).squeeze(1)
         tokens = current.trunk[0].key.shape[2] if self.task.masked else weights[0][0].shape[-1]
         sizes = zip(pixel_values.shape[2:], self.backbone.patch_size, strict=True)
         grid = [pixels // patch for pixels, patch in sizes]
         blocks = [self._sort(each, names, tokens, grid) for each, names in zip(weights, self._methods, strict=True)]
         logits = answer[:, :0] if self.task.head is None else answer
-        return blocks, self.task.objective.scores(logits.float()).cpu()
+        before = tokens - grid[0] * grid[1]
+        parts = [each[..., before:tokens].float().cpu().unflatten(-1, tuple(grid)) for each in sides]
+        return Observation(blocks, self.task.objective.scores(logits.float()).cpu(), parts)
 
     def _sort(self, parts: Sequence[Tensor], methods: Sequence[str], tokens: int, grid: Sequence[int]) -> Attention:
         """The parts of a block's weights, each (images, heads, 1, number), by what they fall on.

@@ -51,6 +51,7 @@ def draw_explanation(
     *,
     masked: bool,
     title: str | None,
+    sides: Sequence[float] = (),
 ) -> None:
     """Draw an image, each block's attention over it, and what the attention of each block falls on.
 
@@ -60,6 +61,7 @@ def draw_explanation(
         blocks: The attention in each block, the mean over its heads.
         masked: Whether it is a task token's; else it is the class token's.
         title: What stands over the image.
+        sides: Of a task with a side network its part in what the token takes in each block, from 0 to 1.
 
     Raises:
         MemtuneError: matplotlib is not installed.
@@ -87,7 +89,7 @@ def draw_explanation(
         f"Each block: attention of the {token_name(masked)} to the patches, and their share of all its attention",
         fontsize=10,
     )
-    _draw_lower(below, blocks, masked, most)
+    _draw_lower(below, blocks, masked, most, sides)
     figure.savefig(path, dpi=130)
 
 
@@ -144,18 +146,18 @@ def overlay(image: Tensor, patches: Tensor) -> Image.Image:
     return Image.fromarray((255 * mixed).round().to(torch.uint8).numpy())
 
 
-def _draw_lower(figure: Any, blocks: Sequence[Attention], masked: bool, most: int) -> None:
+def _draw_lower(figure: Any, blocks: Sequence[Attention], masked: bool, most: int, sides: Sequence[float] = ()) -> None:
     """What the attention of each block falls on; and where there are memory tokens, the share of each of them."""
     if not most:
-        _draw_shares(figure.subplots(), blocks, masked)
+        _draw_shares(figure.subplots(), blocks, masked, sides)
         return
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
-    _draw_shares(left, blocks, masked)
+    _draw_shares(left, blocks, masked, sides)
     _draw_memory(right, blocks, most)
 
 
-def _draw_shares(axes: Any, blocks: Sequence[Attention], masked: bool) -> None:
-    """A bar for each block, stacked of what its attention falls on."""
+def _draw_shares(axes: Any, blocks: Sequence[Attention], masked: bool, sides: Sequence[float]) -> None:
+    """A bar for each block, stacked of what its attention falls on; and a line for a side network's part."""
     names = {"own": f"the {token_name(masked)} itself", "class_token": "the backbone's class token"}
     names |= {"earlier": "earlier tasks", "further": "further keys"}
     numbers = range(len(blocks))
@@ -166,6 +168,9 @@ def _draw_shares(axes: Any, blocks: Sequence[Attention], masked: bool) -> None:
         if any(getattr(block, name).numel() for block in blocks):
             axes.bar(numbers, heights, bottom=bottom, color=colour, width=0.82, label=names.get(name, name))
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    if sides:
+        of_all = [100 * side for side in sides]
+        axes.plot(numbers, of_all, "o-", color="black", lw=1, ms=3, label="side network's part in the values")
     axes.set(xlabel="block", ylabel="share of the attention, %", ylim=(0, 100), xlim=(-0.6, len(blocks) - 0.4))
     axes.set_xticks(numbers)
     axes.spines[["top", "right"]].set_visible(False)

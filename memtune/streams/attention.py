@@ -197,6 +197,8 @@ def stream_attention(
     on_trunk, *on_own = weights.split(widths, dim=-1)
     if memtune_pass.weights is not None:
         memtune_pass.weights.append([on_trunk, *on_own])
+    if memtune_pass.side_parts is not None:
+        memtune_pass.side_parts.append(_side_parts(trunk.value, on_trunk, sides))
     context = _trunk_context(site, trunk, on_trunk)
     for side, states in sides:
         context = context + side.context(on_trunk, states).to(context.dtype)
@@ -230,6 +232,25 @@ def _trunk_context(site: Site, trunk: TrunkBlock, weights: Tensor) -> Tensor:
     for more in [update.context(wide) for update in site.updates]:
         wide = wide if more is None else wide + more.to(wide.dtype)
     return _own_part(wide)
+
+
+def _side_parts(value: Tensor, weights: Tensor, sides: Sequence[tuple[SideStates, Tensor]]) -> Tensor:
+    """The part of side networks in what one task token takes of each token's values, (rows, heads, tokens).
+
+    The length of what weights p take of the states of each token, p s U_V, over the sum of the lengths of these and of
+    p V over all tokens.
+
+    Args:
+        value: V, (rows, heads, tokens, head width).
+        weights: p, (rows, heads, 1, tokens).
+        sides: The side networks, with their states.
+    """
+    rows, heads, _, tokens = weights.shape
+    own = weights[:, :, 0] * value.norm(dim=-1)
+    single = torch.eye(tokens, device=weights.device, dtype=weights.dtype).expand(rows, heads, -1, -1)
+    taken = [side.context(single, states) for side, states in sides]  # s U_V: of each token by itself
+    more = weights[:, :, 0] * torch.stack(taken).sum(dim=0).norm(dim=-1) if taken else torch.zeros_like(own)
+    return more / (own + more).sum(dim=-1, keepdim=True)
 
 
 def _reads_side_by_side(site: Site, asking: Tensor) -> bool:

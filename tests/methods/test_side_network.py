@@ -332,3 +332,34 @@ def test_the_convolution_is_torchs() -> None:
     got = slow_states(torch.randn(6, 3), before, part, Grid(0, 2, 3)) - before
     normed = layer_norm(before, (2,)).T.view(1, 2, 2, 3)
     torch.testing.assert_close(got.T.view(1, 2, 2, 3), gelu(conv2d(normed, part["conv"], padding=1)))
+
+
+@torch.no_grad()
+def test_an_explanation_says_what_the_token_takes_of_the_states() -> None:
+    """For each block, head and patch the length of p s U_V over that of all p V and p s U_V, written out."""
+    model = tuned(VIT.build(), MemoryConfig(2), CONFIGS[0])
+    images = VIT.images(1)
+    explanation = memtune.explain(model, images)
+    current = model.trunk_pass(images)
+    side = next(adapter for adapter in model.task.adapters if adapter.config.method == "side_network")
+    states = all_states(current, side)[0]
+    assert len(explanation.sides) == len(current.trunk)
+    for index, (place, part) in enumerate(sorted(parts_of(side).items())):
+        block, found = current.trunk[place], explanation.sides[place]
+        assert block.grid is not None
+        attention = explanation.heads[place]
+        for head in range(block.value.shape[1]):
+            weights = torch.cat(
+                [attention.class_token[head], attention.registers[head], attention.patches[head].flatten()]
+            )
+            up = part["up_value"].unflatten(1, (block.value.shape[1], -1))[:, head]
+            taken = [float(weight * (state @ up).norm()) for weight, state in zip(weights, states[index], strict=True)]
+            own = [float(weight * value.norm()) for weight, value in zip(weights, block.value[0, head], strict=True)]
+            expected = torch.tensor(taken[block.grid.prefix :]) / (sum(taken) + sum(own))
+            torch.testing.assert_close(found[head].flatten(), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_an_explanation_without_a_side_network_has_no_part_of_one(tmp_path: Path) -> None:
+    assert memtune.explain(tuned(VIT.build(), MemoryConfig(2)), VIT.images(1)).sides == []
+    memtune.explain(tuned(VIT.build(), CONFIGS[0]), VIT.images(1)).save(tmp_path / "look.png")
+    assert (tmp_path / "look.png").stat().st_size > 10_000
