@@ -124,8 +124,8 @@ class Pass:
         weights: Where a stream is to leave, for each block, the attention weights of its task tokens, or of the first
             token of an adapted stream, (rows, heads, tokens, number) each: on the keys that the backbone has, on those
             of a task token itself, and on those of each source.
-        side_parts: Where a task stream of one task is to leave, for each block, what part a side network has in all that
-            its token takes of the values of the backbone's tokens, by token, (rows, heads, tokens).
+        side_parts: Where a task stream of one task is to leave, for each block, what part a side network has in all
+            that its token takes of the values of the backbone's tokens, by token, (rows, heads, tokens).
         selected: Positions (batch, k) of the tokens that gradients pass through; None for all.
         substitute: Gives the keys, values and mask that the queries of an adapted stream attend to, before those of its
             sources, in place of the block's own; None for the block's own.

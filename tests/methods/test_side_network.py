@@ -349,9 +349,8 @@ def test_an_explanation_says_what_the_token_takes_of_the_states() -> None:
         assert block.grid is not None
         attention = explanation.heads[place]
         for head in range(block.value.shape[1]):
-            weights = torch.cat(
-                [attention.class_token[head], attention.registers[head], attention.patches[head].flatten()]
-            )
+            parts = attention.class_token, attention.registers, attention.patches
+            weights = torch.cat([each[head].flatten() for each in parts])
             up = part["up_value"].unflatten(1, (block.value.shape[1], -1))[:, head]
             taken = [float(weight * (state @ up).norm()) for weight, state in zip(weights, states[index], strict=True)]
             own = [float(weight * value.norm()) for weight, value in zip(weights, block.value[0, head], strict=True)]
