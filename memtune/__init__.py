@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .methods import CodaPromptConfig as CodaPromptConfig
     from .methods import LoraConfig as LoraConfig
     from .methods import MemoryConfig as MemoryConfig
+    from .methods import ScaleShiftConfig as ScaleShiftConfig
     from .methods import SideNetworkConfig as SideNetworkConfig
     from .methods import register_method as register_method
     from .models import MultiTaskModel as MultiTaskModel
@@ -53,6 +54,7 @@ _NAMES = {
         "CodaPromptConfig",
         "LoraConfig",
         "MemoryConfig",
+        "ScaleShiftConfig",
         "SideNetworkConfig",
         "register_method",
     ),
@@ -76,6 +78,7 @@ __all__ = [
     "MemtuneError",
     "MultiTaskModel",
     "RandomFeatures",
+    "ScaleShiftConfig",
     "SideNetworkConfig",
     "TrainingConfig",
     "TunedModel",

@@ -21,6 +21,7 @@ from memtune import (
     CodaPromptConfig,
     LoraConfig,
     MemoryConfig,
+    ScaleShiftConfig,
     SideNetworkConfig,
 )
 from memtune.methods.registry import find_method
@@ -123,6 +124,15 @@ ROWS = [
         unchanged=True,
         cases=FEW,
         note="dora",
+    ),
+    Row(
+        ScaleShiftConfig(roles=DORA_ROLES),
+        keys=tuple(f"{role}.{part}" for role in DORA_ROLES for part in ("scale", "shift")),
+        count=lambda block, width, feature_width: (
+            sum(2 * layer.out_features for layer in linears(block)) - 2 * 2 * width  # key and value
+        ),
+        unchanged=True,
+        cases=FEW,
     ),
     Row(
         ApproximatedPromptConfig(n=50, r=2),  # so many that in no block ReLU sets the scores of all of them to 0

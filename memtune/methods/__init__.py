@@ -17,5 +17,7 @@ from .registry import find_method as find_method
 from .registry import method_names as method_names
 from .registry import read_config as read_config
 from .registry import register_method as register_method
+from .scale_shift import ScaleShiftAdapter as ScaleShiftAdapter
+from .scale_shift import ScaleShiftConfig as ScaleShiftConfig
 from .side_network import SideNetworkAdapter as SideNetworkAdapter
 from .side_network import SideNetworkConfig as SideNetworkConfig

@@ -112,6 +112,8 @@ class Adapter(nn.Module, ABC, Generic[ConfigT]):
         ['MemoryAdapter']
 
     Attributes:
+        attached_last: Whether it changes what other methods give, so that it is attached, and merged, after them,
+            whatever the order in which a task names its methods.
         needs_attention_function: False if `attach` leaves a stream's sites alone in unmasked mode; the method then also
             runs on backbones that do not use transformers' AttentionInterface.
 
@@ -122,6 +124,7 @@ class Adapter(nn.Module, ABC, Generic[ConfigT]):
 
     config_class: ClassVar[type[AdapterConfig]]
     needs_attention_function: ClassVar[bool] = True
+    attached_last: ClassVar[bool] = False
 
     def __init__(self, config: ConfigT, backbone: Backbone) -> None:
         super().__init__()

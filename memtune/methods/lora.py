@@ -30,7 +30,7 @@ from ..errors import ConfigError
 from ..streams import Stream
 from .adapter import Adapter, AdapterConfig
 from .low_rank import AdaptedLinear, LowRank, TrunkFactors, stacks_by_role
-from .peft_names import LINEAR_ROLES, roles_of_targets
+from .peft_names import LINEAR_ROLES, check_roles, roles_of_targets
 from .registry import register_method
 
 UNMASKED_ROLES = ("query", "value")
@@ -103,7 +103,7 @@ class LoraConfig(AdapterConfig):
         if self.init_lora_weights == "orthogonal" and (self.r or 0) % 2:
             raise ConfigError(f"r: got {self.r}; init_lora_weights='orthogonal' takes an even rank")
         if self.roles is not None:
-            object.__setattr__(self, "roles", _check_roles(self.roles))
+            object.__setattr__(self, "roles", check_roles(self.roles))
 
     @classmethod
     def adopt(cls, value: Any) -> AdapterConfig | None:
@@ -159,13 +159,6 @@ class LoraConfig(AdapterConfig):
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_roles(roles: Any) -> tuple[str, ...]:
-    given = list(roles) if isinstance(roles, Sequence) and not isinstance(roles, str) else []
-    if not given or len(set(given)) < len(given) or not set(given) <= set(LINEAR_ROLES):
-        raise ConfigError(f"roles: got {roles!r}, expected some of {LINEAR_ROLES}, each once, or None")
-    return tuple(role for role in LINEAR_ROLES if role in given)
 
 
 @register_method

@@ -7,6 +7,7 @@ and 5 for the linear layers of the towers in `memtune.backbones.families` stand 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ConfigError
@@ -63,3 +64,15 @@ def locate(path: str) -> tuple[tuple[int, ...], str] | None:
     if found is None or found[3] not in _ROLES or any(tower in path for tower in _OTHER_TOWERS):
         return None
     return tuple(int(number) for number in found.groups()[:2] if number is not None), _ROLES[found[3]]
+
+
+def check_roles(roles: Any) -> tuple[str, ...]:
+    """Roles of linear layers in their order.
+
+    Raises:
+        ConfigError: They are none, or one is named twice.
+    """
+    given = list(roles) if isinstance(roles, Sequence) and not isinstance(roles, str) else []
+    if not given or len(set(given)) < len(given) or not set(given) <= set(LINEAR_ROLES):
+        raise ConfigError(f"roles: got {roles!r}, expected some of {LINEAR_ROLES}, each once, or None")
+    return tuple(role for role in LINEAR_ROLES if role in given)

@@ -315,7 +315,8 @@ def _in_tokens(values: Tensor, *, alone: bool) -> Tensor:
 
 def attach(tasks: Sequence[Task], stream: Stream) -> None:
     """Make a stream use the adapters of its tasks."""
-    for kind in dict.fromkeys(type(adapter) for task in tasks for adapter in task.adapters):
+    kinds = dict.fromkeys(type(adapter) for task in tasks for adapter in task.adapters)
+    for kind in sorted(kinds, key=lambda kind: kind.attached_last):
         own = [[adapter for adapter in task.adapters if type(adapter) is kind] for task in tasks]
         for number in range(max(len(adapters) for adapters in own)):  # a task may have several of one method
             kind.attach(stream, [adapters[number] if number < len(adapters) else None for adapters in own])

@@ -39,7 +39,7 @@ def merge(backbone: PreTrainedModel, task: Task) -> PreTrainedModel:
     classifier = None if task.head is None else as_classifier(backbone)
     merged = copy.deepcopy(_headless(backbone, task) if classifier is None else classifier).eval()
     described = Backbone(merged)
-    for adapter in task.adapters:
+    for adapter in sorted(task.adapters, key=lambda adapter: adapter.attached_last):
         adapter.merge_into(described)  # before requires_grad_, which quantised weights would refuse
     merged.requires_grad_(True)
     if task.class_token is not None and described.class_token is not None:
