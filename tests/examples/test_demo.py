@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import importlib.util
 import os
 import shutil
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,16 @@ SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attenti
 
 # gradio's and starlette's own, when they are imported and when a server of theirs starts and stops
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _loops() -> Iterator[None]:
+    """Event loops that gradio leaves open end here, not in another test, where they would count as its fault."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        asyncio.set_event_loop(None)
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
