@@ -198,9 +198,9 @@ def wrapped(row: Row, case: Case, masked: bool, backbone: Any = None) -> memtune
     return memtune.wrap(backbone or case.build(), row.config, num_labels=3, masked=masked).train()
 
 
-def moved(model: memtune.TunedModel) -> memtune.TunedModel:
+def moved(model: memtune.TunedModel, seed: int = 5) -> memtune.TunedModel:
     """The model with every trained value somewhere else."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.task.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)

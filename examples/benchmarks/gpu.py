@@ -27,10 +27,8 @@ from typing import Any
 
 import torch
 from combine import create_peft
-from launches import MASKED, run_combined
-from speed import CLASSES, create_backbone
-
-import memtune
+from launches import MASKED, cached_step, run_combined
+from speed import create_backbone
 
 Run = Callable[[], object]
 
@@ -51,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     args.sizes = ["tiny"] if args.quick else ["small", "base", "large"]
     args.batches, args.tasks = ((1,), (1, 2)) if args.quick else (BATCHES, TASKS)
     args.trained = 2 if args.quick else TRAINED
+    args.dtype = torch.bfloat16
     args.image_size, args.patch_size, args.rank = 32 if args.quick else 224, 16, 8
     return args
 
@@ -90,13 +89,9 @@ def captured(run: Run) -> Run:
     return graph.replay
 
 
-def backbone_of(args: argparse.Namespace, size: str) -> Any:
-    return create_backbone(argparse.Namespace(**vars(args) | {"size": size})).to(torch.bfloat16)
-
-
 def images_of(args: argparse.Namespace, number: int) -> torch.Tensor:
     shape = number, 3, args.image_size, args.image_size
-    return torch.randn(shape, device=args.device, dtype=torch.bfloat16)
+    return torch.randn(shape, device=args.device, dtype=args.dtype)
 
 
 def passes(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Callable[[], Run]]]:
@@ -109,18 +104,11 @@ def passes(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Callable[
             for name, config in MASKED.items():
                 for number in args.tasks:
                     described = {"size": size, "batch": batch, "what": name, "tasks": number}
-                    yield described, partial(half, own, images, config, number)
+                    yield described, partial(run_combined, own, images, config, number, mixed=False)
 
 
 def bare(args: argparse.Namespace, images: torch.Tensor) -> Run:
-    return torch.no_grad()(partial(backbone_of(args, args.size), images))
-
-
-def half(args: argparse.Namespace, images: torch.Tensor, config: Any, number: int) -> Run:
-    """A pass of several tasks, all in bf16."""
-    run = run_combined(args, images, config, number, mixed=False)
-    run.func.to(torch.bfloat16)
-    return run
+    return torch.no_grad()(partial(create_backbone(args), images))
 
 
 def steps(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Callable[[], Run]]]:
@@ -128,27 +116,16 @@ def steps(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Callable[[
     for size in args.sizes[:2]:
         own = argparse.Namespace(**vars(args) | {"size": size})
         images = images_of(args, args.trained)
-        labels = torch.zeros(args.trained, dtype=torch.long, device=args.device)
         described = {"size": size, "batch": args.trained, "tasks": 1}
         for name, config in MASKED.items():
-            yield described | {"what": f"cached step, {name}"}, partial(cached_step, own, images, labels, config)
-        yield described | {"what": "step of PEFT's LoRA"}, partial(peft_step, own, images, labels)
+            yield described | {"what": f"cached step, {name}"}, partial(cached_step, own, images, config)
+        yield described | {"what": "step of PEFT's LoRA"}, partial(peft_step, own, images)
 
 
-def cached_step(args: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor, config: Any) -> Run:
-    model = memtune.wrap(backbone_of(args, args.size), config, num_labels=CLASSES, masked=True).train()
-    trunk = model.trunk_pass(images)
-
-    def run() -> None:
-        model(trunk=trunk, labels=labels).loss.backward()
-        model.zero_grad()
-
-    return run
-
-
-def peft_step(args: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor) -> Run:
+def peft_step(args: argparse.Namespace, images: torch.Tensor) -> Run:
     model, _ = create_peft(args, 1)
-    model.to(torch.bfloat16).train()
+    model.to(args.dtype).train()
+    labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
 
     def run() -> None:
         model(pixel_values=images, labels=labels).loss.backward()

@@ -86,7 +86,7 @@ def run_combined(args: argparse.Namespace, images: torch.Tensor, config: Any, nu
 def cached_step(args: argparse.Namespace, images: torch.Tensor, config: Any) -> Callable[[], object]:
     """What runs forward and backward over a pass of the trunk that is there already."""
     model = memtune.wrap(create_backbone(args), config, num_labels=CLASSES, masked=True).train()
-    trunk, labels = model.trunk_pass(images), torch.zeros(len(images), dtype=torch.long)
+    trunk, labels = model.trunk_pass(images), torch.zeros(len(images), dtype=torch.long, device=images.device)
 
     def run() -> None:
         model(trunk=trunk, labels=labels).loss.backward()

@@ -53,9 +53,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def create_backbone(args: argparse.Namespace) -> ViTForImageClassification:
-    """A vision transformer with random weights, in evaluation mode."""
+    """A vision transformer with random weights, in evaluation mode; in the type that the arguments name, if they do."""
     config = ViTConfig(image_size=args.image_size, patch_size=args.patch_size, num_labels=CLASSES, **SIZES[args.size])
-    return ViTForImageClassification(config).eval().to(args.device)
+    return ViTForImageClassification(config).eval().to(args.device, getattr(args, "dtype", None))
 
 
 def create_tuned(args: argparse.Namespace, *, masked: bool) -> memtune.TunedModel:

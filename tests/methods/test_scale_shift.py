@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from backbone_zoo import BY_NAME
+from contract_cases import moved
 from torch import nn
 
 import memtune
@@ -17,16 +18,8 @@ VIT = BY_NAME["vit-head"]
 ROLES = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj", "fc1": "fc1", "fc2": "fc2"}
 
 
-def moved(model: memtune.TunedModel, seed: int = 0) -> memtune.TunedModel:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.task.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
-    return model.eval()
-
-
 def tuned(backbone: Any, config: Any, seed: int = 0, **options: Any) -> memtune.TunedModel:
-    return moved(memtune.wrap(backbone, config, labels=["cat", "dog", "fox"], **options), seed)
+    return moved(memtune.wrap(backbone, config, labels=["cat", "dog", "fox"], **options), seed).eval()
 
 
 def layer_of(model: nn.Module, block: int, role: str) -> Any:
